@@ -1,0 +1,1 @@
+"""Pixel-space diffusion: the UNet of DDPM/DDIM, its schedules, samplers, data and published checkpoints."""

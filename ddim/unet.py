@@ -1,0 +1,264 @@
+"""The noise-estimation UNet of DDPM (Ho et al. 2020, appendix B), with the parameter names of its published weights.
+
+Axes in comments: N images, C channels, H height, W width, E channels of the time embedding, P = H*W positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddim.config import PixelConfig
+
+NORM_GROUPS = 32
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5): N -> N x channels, sines first.
+
+    Args:
+        t: timesteps, in training steps; integers or fractions.
+        channels: width of the result; an odd width ends in a zero.
+    """
+    half = channels // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - 1)))
+    angles = torch.outer(t.float(), rates)  # N, half
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, channels % 2))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers over the sinusoids: N -> N x E."""
+
+    def __init__(self, channels: int, embed_channels: int):
+        super().__init__()
+        self.channels = channels
+        self.dense = nn.ModuleList([nn.Linear(channels, embed_channels), nn.Linear(embed_channels, embed_channels)])
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = self.dense[0](timestep_embedding(t, self.channels))
+        return self.dense[1](F.silu(embedding))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution. The convolution pads right and below only, as the published weights expect."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with the time embedding added between them, around a shortcut.
+
+    Args:
+        skip_channels: how many of ``in_channels``, the last ones, come from the encoder through a U connection.
+            Zero on the way down. The forward pass does not need the number; who quantizes the shortcut does.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embed_channels: int, dropout: float, skip_channels: int = 0
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels, self.skip_channels = in_channels, out_channels, skip_channels
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.temb_proj = nn.Linear(embed_channels, out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        shortcut = x if self.in_channels == self.out_channels else self.nin_shortcut(x)
+        return shortcut + h  # N, out_channels, H, W
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over the positions of a feature map, one head as wide as the map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.norm = group_norm(channels)
+        for name in ("q", "k", "v", "proj_out"):
+            setattr(self, name, nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # N, C, P
+        h = self.attend(q, k, v).unflatten(2, x.shape[2:])
+        return x + self.proj_out(h)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k / sqrt(C)) v, each N x C x P."""
+        scores = torch.bmm(q.transpose(1, 2), k) * self.channels**-0.5  # N, P (of q), P (of k)
+        return torch.bmm(v, scores.softmax(dim=2).transpose(1, 2))
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution; ``attn`` is empty or as long as ``block``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+
+    def add(self, block: ResnetBlock, with_attention: bool) -> None:
+        self.block.append(block)
+        if with_attention:
+            self.attn.append(AttnBlock(block.out_channels))
+
+    def run(self, index: int, h: Tensor, temb: Tensor) -> Tensor:
+        h = self.block[index](h, temb)
+        return self.attn[index](h) if len(self.attn) else h
+
+
+class UNet(nn.Module):
+    """Predicts the noise in a noisy image: (N x C x H x W, N timesteps) -> N x out_ch x H x W.
+
+    Args:
+        image_size: height and width in pixels; with ``attn_resolutions`` it decides where attention stands.
+        ch: channels of the finest level; ``ch_mult`` multiplies them level by level.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        out_ch: int,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        attn_resolutions: tuple[int, ...],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels, self.image_size = in_channels, out_ch, image_size
+        embed = 4 * ch
+        self.temb = TimeEmbedding(ch, embed)
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+
+        # What the way down leaves for the way up: the channels of conv_in, of every block and every downsampling.
+        skips, width, size = [ch], ch, image_size
+        self.down = nn.ModuleList()
+        for index, multiplier in enumerate(ch_mult):
+            level = _Level()
+            for _ in range(num_res_blocks):
+                level.add(ResnetBlock(width, ch * multiplier, embed, dropout), size in attn_resolutions)
+                width = ch * multiplier
+                skips.append(width)
+            if index < len(ch_mult) - 1:
+                level.downsample = Downsample(width, resamp_with_conv)
+                skips.append(width)
+                size //= 2
+            self.down.append(level)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock(width, width, embed, dropout)
+        self.mid.attn_1 = AttnBlock(width)
+        self.mid.block_2 = ResnetBlock(width, width, embed, dropout)
+
+        levels = []
+        for index, multiplier in reversed(list(enumerate(ch_mult))):
+            level = _Level()
+            for _ in range(num_res_blocks + 1):
+                skip = skips.pop()
+                block = ResnetBlock(width + skip, ch * multiplier, embed, dropout, skip_channels=skip)
+                level.add(block, size in attn_resolutions)
+                width = ch * multiplier
+            if index > 0:
+                level.upsample = Upsample(width, resamp_with_conv)
+                size *= 2
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))  # the published names count the way up from its end
+
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+
+    @classmethod
+    def from_config(cls, config: PixelConfig) -> UNet:
+        """The UNet a config file describes, with random weights."""
+        m = config.model
+        return cls(
+            image_size=config.data.image_size,
+            in_channels=m.in_channels,
+            out_ch=m.out_ch,
+            ch=m.ch,
+            ch_mult=tuple(m.ch_mult),
+            num_res_blocks=m.num_res_blocks,
+            attn_resolutions=tuple(m.attn_resolutions),
+            dropout=m.dropout,
+            resamp_with_conv=m.resamp_with_conv,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        temb = self.temb(t)  # N, E
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for index in range(len(level.block)):
+                h = level.run(index, h, temb)
+                skips.append(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+                skips.append(h)
+
+        h = self.mid.block_1(h, temb)
+        h = self.mid.attn_1(h)
+        h = self.mid.block_2(h, temb)
+
+        for level in reversed(self.up):
+            for index in range(len(level.block)):
+                h = level.run(index, torch.cat([h, skips.pop()], dim=1), temb)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def stages(self) -> Iterator[str]:
+        """Paths of the parts in the order in which the forward pass runs them."""
+        yield from ("temb", "conv_in")
+        yield from (path for index in range(len(self.down)) for path in self._level_stages("down", index))
+        yield from ("mid.block_1", "mid.attn_1", "mid.block_2")
+        yield from (path for index in reversed(range(len(self.up))) for path in self._level_stages("up", index))
+        yield from ("norm_out", "conv_out")
+
+    def _level_stages(self, way: str, number: int) -> Iterator[str]:
+        level = getattr(self, way)[number]
+        for index in range(len(level.block)):
+            yield f"{way}.{number}.block.{index}"
+            if len(level.attn):
+                yield f"{way}.{number}.attn.{index}"
+        for name in ("downsample", "upsample"):
+            if hasattr(level, name):
+                yield f"{way}.{number}.{name}"

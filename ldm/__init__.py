@@ -1,0 +1,1 @@
+"""Latent diffusion: the package that the latent and text-to-image families live in."""
