@@ -6,7 +6,9 @@ Axes in comments: N images, C channels, H height, W width, E channels of the tim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +127,7 @@ class AttnBlock(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution; ``attn`` is empty or as long as ``block``."""
+    """The blocks of one resolution; ``attn`` is empty or as long as ``block``. The UNet runs them, stage by stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,9 +139,36 @@ class _Level(nn.Module):
         if with_attention:
             self.attn.append(AttnBlock(block.out_channels))
 
-    def run(self, index: int, h: Tensor, temb: Tensor) -> Tensor:
-        h = self.block[index](h, temb)
-        return self.attn[index](h) if len(self.attn) else h
+
+class Stage(NamedTuple):
+    """One step of the forward pass.
+
+    Attributes:
+        path: of the module that the stage runs.
+        timed: it takes the time embedding too.
+        joins: the latest feature left by the way down is concatenated behind its input.
+        leaves: its output is left for the way up.
+    """
+
+    path: str
+    timed: bool = False
+    joins: bool = False
+    leaves: bool = False
+
+
+@dataclass
+class Flow:
+    """What travels from stage to stage: the feature map, the timesteps, their embedding, the open U connections."""
+
+    h: Tensor
+    t: Tensor
+    temb: Tensor | None = None
+    skips: list[Tensor] = field(default_factory=list)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Flow:
+        """A new flow of ``fn`` applied to every tensor (to move, to copy, to measure)."""
+        temb = None if self.temb is None else fn(self.temb)
+        return Flow(fn(self.h), fn(self.t), temb, [fn(skip) for skip in self.skips])
 
 
 class UNet(nn.Module):
@@ -205,6 +234,7 @@ class UNet(nn.Module):
 
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self._stages = tuple(self._list_stages())
 
     @classmethod
     def from_config(cls, config: PixelConfig) -> UNet:
@@ -223,42 +253,56 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        temb = self.temb(t)  # N, E
-        h = self.conv_in(x)
-        skips = [h]
-        for level in self.down:
+        flow = self.begin(x, t)
+        for stage in self.stages():
+            self.advance(stage, flow)
+        return flow.h
+
+    def begin(self, x: Tensor, t: Tensor) -> Flow:
+        """What enters the first stage."""
+        return Flow(h=x, t=t)
+
+    def advance(self, stage: Stage, flow: Flow) -> None:
+        """Run one stage on what has reached it; ``flow`` is changed in place.
+
+        A forward pass is begin() and then every stage in order. Calibration runs the same stages one by one, so that
+        a whole calibration set moves through the network once instead of once for every block.
+        """
+        if stage.joins:
+            flow.h = torch.cat([flow.h, flow.skips.pop()], dim=1)
+        if stage.path == "temb":
+            flow.temb = self.temb(flow.t)
+        elif stage.path == "conv_out":
+            flow.h = self.conv_out(F.silu(self.norm_out(flow.h)))
+        else:
+            module = self.get_submodule(stage.path)
+            flow.h = module(flow.h, flow.temb) if stage.timed else module(flow.h)
+        if stage.leaves:
+            flow.skips.append(flow.h)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the forward pass in the order in which it runs them."""
+        return self._stages
+
+    def _list_stages(self) -> Iterator[Stage]:
+        yield Stage("temb")
+        yield Stage("conv_in", leaves=True)
+        for number, level in enumerate(self.down):
             for index in range(len(level.block)):
-                h = level.run(index, h, temb)
-                skips.append(h)
+                attends = len(level.attn) > 0
+                yield Stage(f"down.{number}.block.{index}", timed=True, leaves=not attends)
+                if attends:
+                    yield Stage(f"down.{number}.attn.{index}", leaves=True)
             if hasattr(level, "downsample"):
-                h = level.downsample(h)
-                skips.append(h)
-
-        h = self.mid.block_1(h, temb)
-        h = self.mid.attn_1(h)
-        h = self.mid.block_2(h, temb)
-
-        for level in reversed(self.up):
+                yield Stage(f"down.{number}.downsample", leaves=True)
+        yield Stage("mid.block_1", timed=True)
+        yield Stage("mid.attn_1")
+        yield Stage("mid.block_2", timed=True)
+        for number, level in reversed(list(enumerate(self.up))):
             for index in range(len(level.block)):
-                h = level.run(index, torch.cat([h, skips.pop()], dim=1), temb)
+                yield Stage(f"up.{number}.block.{index}", timed=True, joins=True)
+                if len(level.attn):
+                    yield Stage(f"up.{number}.attn.{index}")
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-    def stages(self) -> Iterator[str]:
-        """Paths of the parts in the order in which the forward pass runs them."""
-        yield from ("temb", "conv_in")
-        yield from (path for index in range(len(self.down)) for path in self._level_stages("down", index))
-        yield from ("mid.block_1", "mid.attn_1", "mid.block_2")
-        yield from (path for index in reversed(range(len(self.up))) for path in self._level_stages("up", index))
-        yield from ("norm_out", "conv_out")
-
-    def _level_stages(self, way: str, number: int) -> Iterator[str]:
-        level = getattr(self, way)[number]
-        for index in range(len(level.block)):
-            yield f"{way}.{number}.block.{index}"
-            if len(level.attn):
-                yield f"{way}.{number}.attn.{index}"
-        for name in ("downsample", "upsample"):
-            if hasattr(level, name):
-                yield f"{way}.{number}.{name}"
+                yield Stage(f"up.{number}.upsample")
+        yield Stage("conv_out")

@@ -1,0 +1,145 @@
+"""What to quantize and how to calibrate, as frozen dataclasses that refuse impossible values when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+RangeMethod = Literal["max", "mse"]
+
+WEIGHT_BITS = tuple(range(2, 9))
+ACT_BITS = (*range(2, 9), 16)
+RANGE_METHODS = ("max", "mse")
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """One uniform quantizer. The field names are the dictionary keys of the published interface.
+
+    Attributes:
+        n_bits: bits of an integer, 2 to 16.
+        symmetric: signed grid around zero; otherwise unsigned with a zero point.
+        channel_wise: one range for each slice of the first axis; otherwise one for the whole tensor.
+        scale_method: ``max`` takes the range from minimum and maximum, ``mse`` searches the shrunk range with the
+            least L2.4 error.
+        leaf_param: the step size may be learned later (activations).
+        always_zero: zero point fixed at 0 on an unsigned grid (softmax maps of the latent models).
+    """
+
+    n_bits: int = 8
+    symmetric: bool = False
+    channel_wise: bool = False
+    scale_method: RangeMethod = "max"
+    leaf_param: bool = False
+    always_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n_bits <= 16:
+            raise ValueError(f"n_bits={self.n_bits}: a quantizer has 2 to 16 bits")
+        if self.scale_method not in RANGE_METHODS:
+            raise ValueError(f"scale_method={self.scale_method!r}: choose one of {', '.join(RANGE_METHODS)}")
+
+    @classmethod
+    def from_params(cls, params: QuantizerConfig | dict[str, Any]) -> QuantizerConfig:
+        """Accept a config or the published dictionary; an unknown key is an error that lists the known ones."""
+        if isinstance(params, QuantizerConfig):
+            return params
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(params) - known):
+            raise ValueError(f"unknown quantizer parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**params)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a UNet is quantized: all that is needed, beside its architecture, to give a checkpoint a meaning.
+
+    Attributes:
+        weight_bit, act_bit, sm_abit: bits of weights, of activations, of attention maps after softmax.
+        quant_act: quantize activations too.
+        a_sym: symmetric activation quantizers.
+        split: quantize the halves of each up-path shortcut separately (Q-Diffusion, section 3.3).
+        weight_range, act_range: how ranges are found before reconstruction.
+    """
+
+    weight_bit: int = 8
+    act_bit: int = 8
+    quant_act: bool = False
+    a_sym: bool = False
+    split: bool = False
+    sm_abit: int = 8
+    weight_range: RangeMethod = "max"
+    act_range: RangeMethod = "max"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weight_bit", WEIGHT_BITS), ("act_bit", ACT_BITS), ("sm_abit", ACT_BITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(map(str, allowed))}")
+        for name in ("weight_range", "act_range"):
+            if getattr(self, name) not in RANGE_METHODS:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(RANGE_METHODS)}")
+
+    @property
+    def weight(self) -> QuantizerConfig:
+        """Weights: per output channel, always asymmetric."""
+        return QuantizerConfig(self.weight_bit, channel_wise=True, scale_method=self.weight_range)
+
+    @property
+    def act(self) -> QuantizerConfig:
+        """Activations: one range for a whole tensor."""
+        return QuantizerConfig(self.act_bit, symmetric=self.a_sym, scale_method=self.act_range, leaf_param=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The reconstruction of every unit.
+
+    Attributes:
+        iters, iters_a: optimisation steps of a unit's weights (AdaRound) and of its activation step sizes (LSQ).
+        batch_size: samples an optimisation step.
+        weight_lr: Adam's rate for the rounding variables; lr: for the step sizes, decayed along a cosine.
+        p: exponent of the activation loss; the weight loss is quadratic.
+        round_weight: weight of the rounding regulariser; beta_start, beta_end, warmup: its exponent falls linearly
+            after ``warmup`` (a share of the iterations) during which it is off.
+        range_samples: how many calibration samples set the first activation ranges; range_order: which ones.
+        running_stat: average the ranges over the whole set first (momentum 0.95); rs_sm_only: softmax maps only.
+        seed: of every draw; the same seed gives the same checkpoint.
+    """
+
+    iters: int = 20_000
+    iters_a: int = 5_000
+    batch_size: int = 32
+    weight_lr: float = 1e-3
+    lr: float = 4e-4
+    p: float = 2.4
+    round_weight: float = 0.01
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    warmup: float = 0.2
+    range_samples: int = 64
+    range_order: Literal["random", "first"] = "random"
+    running_stat: bool = False
+    rs_sm_only: bool = False
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "range_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("iters", "iters_a"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("weight_lr", "lr", "p"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup}: a share of the iterations, from 0 to below 1")
+        if self.rs_sm_only and not self.running_stat:
+            raise ValueError("rs_sm_only needs running_stat")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
