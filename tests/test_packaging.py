@@ -1,0 +1,161 @@
+"""What surrounds the code: dependencies stated in several files, the README's commands, the built package."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+PACKAGES = ("qdiff", "ddim", "ldm")
+
+
+def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
+    """Name → version range; a package named twice is an error."""
+    parsed = [Requirement(line) for line in lines]
+    found = {requirement.name: requirement.specifier for requirement in parsed}
+    assert len(found) == len(parsed), f"a package is named twice in {lines}"
+    return found
+
+
+# ---- versions ----------------------------------------------------------------------------------------------
+
+
+def test_environment_yml_states_the_dependencies_of_pyproject() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "qdiff"
+
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert "pip" in conda
+    assert pip[-1] == "-e ."
+    assert requirements(pip[:-1]) == requirements(PROJECT["dependencies"])
+
+    (python,) = [item.partition("=")[2] for item in conda if item.startswith("python=")]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0")
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_constraints_pin_torch_inside_the_supported_ranges(python: str) -> None:
+    ranges = requirements(PROJECT["dependencies"])
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    chosen = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+
+    assert sorted(pin.name for pin in chosen) == ["torch", "torchvision"]
+    for pin in chosen:
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert ranges[pin.name].contains(specifier.version), f"{pin} lies outside {ranges[pin.name]}"
+
+
+def test_changelog_begins_with_the_current_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] == PROJECT["version"]
+
+
+# ---- README ------------------------------------------------------------------------------------------------
+
+
+def shell_lines(text: str) -> list[str]:
+    """The commands in the ```bash blocks, continuation lines joined, comments left out."""
+    blocks = re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def filled_in(command: str) -> list[str]:
+    """The command with its <placeholders> filled in, once for each value that `<4 or 8>` offers."""
+    if "<4 or 8>" in command:
+        return [filled for bits in ("4", "8") for filled in filled_in(command.replace("<4 or 8>", bits))]
+    return [re.sub(r"<[^<>]+>", "placeholder", command)]
+
+
+SHELL_LINES = shell_lines(README)
+SCRIPT_COMMANDS = [filled for line in SHELL_LINES if line.startswith("python scripts/") for filled in filled_in(line)]
+
+
+def test_readme_begins_with_demo_and_test() -> None:
+    assert SHELL_LINES[:2] == ["make demo", "make test"]
+
+
+def test_readme_names_only_targets_that_the_makefile_has() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {line.split()[1] for line in SHELL_LINES if line.startswith("make ")}
+    named |= set(re.findall(r"`make ([a-z]+)", README))
+    assert named <= targets
+
+
+def test_readme_has_the_three_forms_of_the_cifar_command() -> None:
+    """Weights only, with activations, calibrating; each with 4 and with 8 bits."""
+    cifar = [shlex.split(c) for c in SCRIPT_COMMANDS if "sample_diffusion_ddim.py --config configs/cifar10.yml" in c]
+    for bits in ("4", "8"):
+        mine = [c for c in cifar if "--weight_bit" in c and c[c.index("--weight_bit") + 1] == bits]
+        forms = {("--resume" in c, "--quant_act" in c, "--cali_data_path" in c) for c in mine}
+        assert forms >= {(True, False, False), (True, True, False), (False, True, True)}
+
+
+@pytest.mark.parametrize("command", SCRIPT_COMMANDS)
+def test_readme_command_is_understood(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)[1:]
+    script = ROOT / words[0]
+    assert script.is_file(), f"README names {words[0]}, which does not exist"
+
+    # A script is a thin shell around qdiff.cli.<module>: its parser is built here without starting a process.
+    module = re.search(r"qdiff\.cli(?:\.(\w+)| import (\w+))", script.read_text())
+    assert module, f"{words[0]} does not take its command line from qdiff.cli"
+    parser = importlib.import_module(f"qdiff.cli.{module[1] or module[2]}").build_parser()
+    try:
+        parser.parse_args(words[1:])
+    except SystemExit:
+        pytest.fail(f"{command}\n{capsys.readouterr().err}")
+
+    for option, value in itertools.pairwise(words):
+        if option == "--config":
+            assert (ROOT / value).is_file(), f"README names {value}, which does not exist"
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
+def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [target for target in targets if target and "://" not in target]
+    missing = [target for target in local if not (ROOT / page).parent.joinpath(target).exists()]
+    assert not missing
+
+
+# ---- the package -------------------------------------------------------------------------------------------
+
+
+def test_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in (*PACKAGES, "configs", "scripts", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
+
+    # In this environment's own setuptools: a build environment would have to be downloaded.
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*build, "--wheel-dir", tmp_path, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"qdiff-{PROJECT['version']}-py3-none-any")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {str(p.relative_to(source)) for package in PACKAGES for p in (source / package).rglob("*.py")}
+    assert packed == expected
