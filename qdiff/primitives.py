@@ -1,0 +1,174 @@
+"""The arithmetic of fake quantization: pure functions on tensors, no state.
+
+Symbols follow the papers: x a real tensor, δ (``delta``) the step size, z (``zero_point``) the integer that stands for
+zero, b (``n_bits``) the bits of an integer, [lo, hi] the integers that b bits hold.
+
+    x_int = clamp(round(x / δ) + z, lo, hi)          Q-Diffusion (Li et al. 2023), equation 3
+    x_hat = (x_int - z) · δ
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Rectified sigmoid of AdaRound (Nagel et al. 2020, equation 23).
+ZETA, GAMMA = 1.1, -0.1
+
+MSE_CANDIDATES = 80  # the observed range times 1.00, 0.99, ... 0.21
+MSE_NORM = 2.4
+SMALLEST_DELTA = 1e-8
+_SEARCH_BYTES = 64 * 2**20  # of scratch space for one slice of candidates
+
+
+def integer_bounds(n_bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest integer of the grid: signed when symmetric, else unsigned."""
+    if symmetric:
+        return -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+    return 0, 2**n_bits - 1
+
+
+class _RoundSTE(torch.autograd.Function):
+    """round() whose gradient is that of the identity (straight-through estimator, Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; gradients pass as if nothing had happened."""
+    return _RoundSTE.apply(x)
+
+
+def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    """Quantize and dequantize. Differentiable in ``x`` and ``delta`` (LSQ, Esser et al. 2020, equations 1 and 2).
+
+    Args:
+        x: any shape.
+        delta: step size, broadcast against ``x``.
+        lo, hi: the grid's bounds **less the zero point**: clamp(round(x/δ) + z, lo, hi) - z is the same integer as
+            clamp(round(x/δ), lo - z, hi - z), one pass over memory cheaper each way.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        return torch.clamp(round_ste(x / delta), lo, hi) * delta
+    return (x / delta).round_().clamp_(lo, hi).mul_(delta)
+
+
+def observed_range(x: Tensor, channel_wise: bool) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum: 0-dim, or one a slice of the first axis, shaped to broadcast against ``x``."""
+    if not channel_wise:
+        lowest, highest = torch.aminmax(x.detach())
+        return lowest, highest
+    rows = x.detach().flatten(1)
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    lowest, highest = torch.aminmax(rows, dim=1)
+    return lowest.view(shape), highest.view(shape)
+
+
+def range_to_grid(
+    lowest: Tensor, highest: Tensor, n_bits: int, *, symmetric: bool, always_zero: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Step size and zero point of a min-max range, which is widened to hold zero.
+
+    Returns:
+        ``(delta, zero_point)`` in the shape of the range; the zero point is a whole number in floating point.
+    """
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    if symmetric:
+        delta = torch.maximum(-lowest, highest) / (2 ** (n_bits - 1) - 1)
+        delta = delta.clamp(min=SMALLEST_DELTA)
+        return delta, torch.zeros_like(delta)
+    if always_zero:
+        delta = (highest / (2**n_bits - 1)).clamp(min=SMALLEST_DELTA)
+        return delta, torch.zeros_like(delta)
+    delta = ((highest - lowest) / (2**n_bits - 1)).clamp(min=SMALLEST_DELTA)
+    return delta, (-lowest / delta).round()
+
+
+def search_grid(
+    x: Tensor, n_bits: int, *, symmetric: bool, channel_wise: bool, always_zero: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Step size and zero point of the shrunk range with the least mean |x - x_hat|^2.4, the first of equals.
+
+    All channels are searched at once, candidate by candidate. Unlike :func:`range_to_grid` the range is not widened to
+    hold zero, so the zero point may lie outside the grid. With ``symmetric`` the candidates are symmetric grids.
+
+    Returns:
+        ``(delta, zero_point)``: 0-dim, or one a channel, shaped to broadcast against ``x``.
+    """
+    x = x.detach().float()
+    rows = x.flatten(1) if channel_wise else x.reshape(1, -1)
+    per_slice = max(1, _SEARCH_BYTES // (4 * rows.shape[1]))
+    grids = [_search_rows(part, n_bits, symmetric, always_zero) for part in rows.split(per_slice)]
+    shape = (-1,) + (1,) * (x.dim() - 1) if channel_wise else ()
+    delta, zero_point = (torch.cat(parts).reshape(shape) for parts in zip(*grids, strict=True))
+    return delta, zero_point
+
+
+def _search_rows(rows: Tensor, n_bits: int, symmetric: bool, always_zero: bool) -> tuple[Tensor, Tensor]:
+    """The search over R rows of values, each with a range of its own: R x K -> R, R."""
+    lowest, highest = torch.aminmax(rows, dim=1, keepdim=True)
+    lo, hi = integer_bounds(n_bits, symmetric)
+    best_score = torch.full_like(lowest, math.inf)
+    best_delta, best_zero = torch.ones_like(lowest), torch.zeros_like(lowest)
+    work = torch.empty_like(rows)
+    for step in range(MSE_CANDIDATES):
+        shrink = 1.0 - 0.01 * step
+        delta, zero = _candidate(lowest * shrink, highest * shrink, n_bits, symmetric, always_zero)
+        torch.div(rows, delta, out=work)
+        work.round_().clamp_(lo - zero, hi - zero).mul_(delta)
+        score = work.sub_(rows).abs_().pow_(MSE_NORM).mean(dim=1, keepdim=True)
+        better = score < best_score
+        best_score = torch.where(better, score, best_score)
+        best_delta, best_zero = torch.where(better, delta, best_delta), torch.where(better, zero, best_zero)
+    return best_delta.squeeze(1), best_zero.squeeze(1)
+
+
+def _candidate(
+    lowest: Tensor, highest: Tensor, n_bits: int, symmetric: bool, always_zero: bool
+) -> tuple[Tensor, Tensor]:
+    if symmetric:
+        delta = torch.maximum(lowest.abs(), highest.abs()) / (2 ** (n_bits - 1) - 1)
+    elif always_zero:
+        delta = highest / (2**n_bits - 1)
+    else:
+        delta = (highest - lowest) / (2**n_bits - 1)
+    delta = delta.clamp(min=SMALLEST_DELTA)
+    if symmetric or always_zero:
+        return delta, torch.zeros_like(delta)
+    return delta, (-lowest / delta).round()
+
+
+def rectified_sigmoid(alpha: Tensor) -> Tensor:
+    """h(α) = clip(sigmoid(α) · (ζ - γ) + γ, 0, 1): how far up each weight is rounded (AdaRound, equation 23)."""
+    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def rounding_variable(fraction: Tensor) -> Tensor:
+    """The α with h(α) = ``fraction``, a weight's distance above its lower grid point in steps, in [0, 1)."""
+    return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
+
+
+def rounding_regularizer(alpha: Tensor, beta: Tensor | float) -> Tensor:
+    """Σ 1 - |2 h(α) - 1|^β, which pulls h to 0 or 1 the harder the smaller β (AdaRound, equation 24)."""
+    return (1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta)).sum()
+
+
+def annealed_beta(iteration: int, iterations: int, *, start: float, end: float, warmup: float) -> float:
+    """β at one iteration: ``start`` through the warm-up, then linearly down to ``end`` at the last iteration."""
+    first = warmup * iterations
+    if iteration < first or iterations <= first:
+        return start
+    return end + (start - end) * max(0.0, 1 - (iteration - first) / (iterations - first))
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
+    """|difference|^p summed over axis 1 (channels), mean over all other axes (BRECQ, Li et al. 2021)."""
+    return (prediction - target).abs().pow(p).sum(dim=1).mean()

@@ -1,0 +1,198 @@
+"""Quantizers: the state of a grid (step size, zero point, rounding) around the functions of :mod:`qdiff.primitives`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import primitives
+from qdiff.config import QuantizerConfig, RangeMethod
+
+RANGE_MOMENTUM = 0.95
+
+
+class UniformAffineQuantizer(nn.Module):
+    """Rounds a tensor to the nearest point of a uniform grid.
+
+    A grid that was never set sets itself from the first tensor that passes (the published behaviour); everything
+    else about it is declared here, so that it moves, saves and loads like any other state.
+
+    Args:
+        n_bits, symmetric, channel_wise, scale_method, leaf_param, always_zero: see
+            :class:`qdiff.config.QuantizerConfig`.
+        grid_shape: shape of the step size where it is known in advance: that of a weight with all but the first axis 1.
+    """
+
+    def __init__(
+        self,
+        n_bits: int = 8,
+        symmetric: bool = False,
+        channel_wise: bool = False,
+        scale_method: RangeMethod = "max",
+        leaf_param: bool = False,
+        always_zero: bool = False,
+        *,
+        grid_shape: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        config = QuantizerConfig(n_bits, symmetric, channel_wise, scale_method, leaf_param, always_zero)
+        self.config = config
+        self.bounds = primitives.integer_bounds(n_bits, symmetric)
+        delta = torch.ones(grid_shape)
+        if leaf_param:
+            self.delta = nn.Parameter(delta, requires_grad=False)  # learned in the second phase, by request
+        else:
+            self.register_buffer("delta", delta)
+        self.register_buffer("zero_point", torch.zeros(grid_shape))
+        self.ready = False
+        self._shifted: tuple[Any, Any] = self.bounds
+        self._range: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_config(cls, config: QuantizerConfig, grid_shape: tuple[int, ...] = ()) -> UniformAffineQuantizer:
+        c = config
+        return cls(
+            c.n_bits, c.symmetric, c.channel_wise, c.scale_method, c.leaf_param, c.always_zero, grid_shape=grid_shape
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.find_grid(x)
+        return primitives.fake_quantize(x, self.delta, *self._shifted)
+
+    @torch.no_grad()
+    def find_grid(self, x: Tensor) -> None:
+        """Set step size and zero point from a tensor, by the configured method."""
+        c = self.config
+        if c.scale_method == "mse":
+            grid = primitives.search_grid(
+                x, c.n_bits, symmetric=c.symmetric, channel_wise=c.channel_wise, always_zero=c.always_zero
+            )
+        else:
+            lowest, highest = primitives.observed_range(x, c.channel_wise)
+            grid = primitives.range_to_grid(
+                lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero
+            )
+        self.set_grid(*grid)
+
+    @torch.no_grad()
+    def update_range(self, x: Tensor) -> None:
+        """Move the range a twentieth of the way to that of ``x``; the first call starts from it.
+
+        Minimum and maximum are averaged separately, then turned into a min-max grid.
+        """
+        lowest, highest = primitives.observed_range(x, self.config.channel_wise)
+        if self._range is not None:
+            old_lowest, old_highest = self._range
+            lowest = old_lowest * RANGE_MOMENTUM + lowest * (1 - RANGE_MOMENTUM)
+            highest = old_highest * RANGE_MOMENTUM + highest * (1 - RANGE_MOMENTUM)
+        self._range = (lowest, highest)
+        c = self.config
+        self.set_grid(
+            *primitives.range_to_grid(lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
+        )
+
+    @torch.no_grad()
+    def set_grid(self, delta: Tensor, zero_point: Tensor) -> None:
+        """Take over a grid. The zero point must hold whole numbers; shapes may differ from the declared ones."""
+        self.delta.data = delta.detach().to(self.delta).clone()
+        self.zero_point = zero_point.detach().to(self.zero_point).clone()
+        self._mark_ready()
+
+    def _mark_ready(self) -> None:
+        self.ready = True
+        lo, hi = self.bounds
+        if self.zero_point.dim() == 0:  # plain numbers clamp faster than tensors, and need no read-back in a forward
+            zero = 0.0 if self.zero_point.is_meta else self.zero_point.item()
+            self._shifted = (lo - zero, hi - zero)
+        else:
+            self._shifted = (lo - self.zero_point, hi - self.zero_point)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> UniformAffineQuantizer:
+        super()._apply(fn, recurse)
+        if self.ready:
+            self._mark_ready()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("delta", "zero_point"):  # a grid without a declared shape takes the one it finds
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.shape != getattr(self, name).shape and not self.ready:
+                getattr(self, name).data = torch.empty_like(stored).to(getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "delta" in state_dict:
+            self._mark_ready()
+
+    def extra_repr(self) -> str:
+        c = self.config
+        grid = "symmetric" if c.symmetric else "z = 0" if c.always_zero else "asymmetric"
+        return f"{c.n_bits} bits, {grid}, {c.scale_method}{', per channel' if c.channel_wise else ''}"
+
+
+class AdaRoundQuantizer(nn.Module):
+    """A weight's quantizer whose every value is rounded down or up as learned (Nagel et al. 2020).
+
+    Takes over the grid of a :class:`UniformAffineQuantizer` and adds α, one rounding variable a weight: soft
+    h(α) in [0, 1] while learning, hard (α >= 0) afterwards.
+
+    Args:
+        quantizer: the grid; must be set already.
+        weight: the full-precision weight, from which α starts so that the soft value equals the weight.
+        round_mode: accepted for the published signature; only ``learned_hard_sigmoid`` exists.
+    """
+
+    def __init__(
+        self, quantizer: UniformAffineQuantizer, weight: Tensor, round_mode: str = "learned_hard_sigmoid"
+    ):
+        super().__init__()
+        if round_mode != "learned_hard_sigmoid":
+            raise ValueError(f"round_mode={round_mode!r}: only learned_hard_sigmoid is supported")
+        self.config, self.bounds = quantizer.config, quantizer.bounds
+        self.register_buffer("delta", quantizer.delta.detach().clone())
+        self.register_buffer("zero_point", quantizer.zero_point.detach().clone())
+        self.alpha = nn.Parameter(self._initial_alpha(weight), requires_grad=False)
+        self.soft = False
+
+    def _initial_alpha(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return torch.empty_like(weight)
+        scaled = weight.detach() / self.delta
+        return primitives.rounding_variable(scaled - scaled.floor())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The quantized weight, soft or hard."""
+        up = primitives.rectified_sigmoid(self.alpha) if self.soft else (self.alpha >= 0).to(weight.dtype)
+        lo, hi = self.bounds
+        integers = (weight / self.delta).floor() + up
+        return integers.clamp(lo - self.zero_point, hi - self.zero_point) * self.delta
+
+    def regularizer(self, beta: Tensor | float) -> Tensor:
+        return primitives.rounding_regularizer(self.alpha, beta)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.n_bits} bits, learned rounding"
+
+
+WeightQuantizer = UniformAffineQuantizer | AdaRoundQuantizer
+
+
+@torch.no_grad()
+def integer_codes(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+    """The integers that stand for a quantized weight, in [lo, hi], as uint8 (weights have at most 8 bits).
+
+    For an :class:`AdaRoundQuantizer` those of hard rounding.
+    """
+    lo, hi = quantizer.bounds
+    scaled = weight / quantizer.delta
+    if isinstance(quantizer, AdaRoundQuantizer):
+        integers = scaled.floor() + (quantizer.alpha >= 0)
+    else:
+        integers = scaled.round()
+    return (integers + quantizer.zero_point).clamp(lo, hi).to(torch.uint8)
+
+
+def dequantize_codes(codes: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:
+    """Integers back to weights: (x_int - z) · δ, bit for bit what the quantizer itself computes."""
+    return (codes.to(delta.dtype) - zero_point.to(delta.dtype)) * delta
