@@ -1,0 +1,61 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; it takes that name only when the block ends without an exception.
+
+    An earlier file of that name stays whole until then, and for good if writing fails.
+
+    Args:
+        path: where the file shall stand; its folder exists.
+        durable: have the content on the disk before it gets its name, so that not even a power cut leaves half a
+            file. Not worth its milliseconds for an image that can be sampled again.
+
+    Raises:
+        OSError: naming ``path`` and not the temporary file, which is removed.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise _about(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; this one is a result
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise _about(path, error) from error
+        raise
+
+
+def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a whole file at once, as :func:`atomic_file` does."""
+    with atomic_file(path, durable=durable) as file:
+        file.write(content)
+
+
+def _about(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
