@@ -165,8 +165,8 @@ def _from_history(x: Tensor, history: list[tuple[Node, Tensor]], end: Node) -> T
 
     before, d2 = history[-3]
     r1 = (previous.lam - before.lam) / h
-    bend = (slope - (d1 - d2) / r1) / (r0 + r1)  # half the second derivative, times h^2
-    return stepped + end.alpha * phi2 * (slope + r0 * bend) - end.alpha * phi3 * bend
+    bend = 2 * (slope - (d1 - d2) / r1) / (r0 + r1)  # second derivative, times h^2; without the 2 the order is 2
+    return stepped + end.alpha * phi2 * (slope + r0 * bend / 2) - end.alpha * phi3 * bend
 
 
 def _singlestep(
