@@ -26,7 +26,7 @@ BUNDLED = {"FashionMNIST": REPOSITORY / "models" / "pixel" / "fashion_mnist" / "
 ATTEMPTS = 4
 FIRST_PAUSE_S = 1.0  # doubled before each further attempt
 TIMEOUT_S = (10, 60)  # to connect; between two pieces of the answer
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
 KEYS_SHOWN = 3
 
 
@@ -122,7 +122,7 @@ def fetch(
             trouble = str(error)
             break
         except requests.RequestException as error:
-            # A server may promise more than the file has: what arrived is judged by its MD5 all the same.
+            # A break may come after the last byte that matters: what arrived is judged by its MD5 all the same.
             trouble = "" if _is_right(part, entry.md5) else _reason(error)
         except OSError as error:
             trouble = f"cannot write {part}: {error.strerror}"
@@ -173,6 +173,8 @@ def _receive(response: requests.Response, part: Path, have: int, total: int | No
         tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar,
     ):
         file.seek(have)
+        # The last piece before a break is kept instead of thrown away with an error; _fault compares the lengths.
+        response.raw.enforce_content_length = False
         try:
             for piece in response.iter_content(PIECE_BYTES):
                 file.write(piece)
@@ -262,7 +264,8 @@ def _load_pickled(path: Path) -> object:
             "loading it could run code from the file, so it is refused"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0][:120]})") from None
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
 
 
 def load_weights(path: str | Path, model: nn.Module, config_name: str = "the config") -> None:
