@@ -56,12 +56,17 @@ def golden_keys(name: str) -> tuple[str, ...]:
         return tuple(file.keys())
 
 
-def golden_tensors(name: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; the calling test is skipped where it is absent."""
+def golden_path(name: str) -> Path:
+    """A file of the golden folder; the calling test is skipped where it is absent."""
     path = golden_root() / name
     if not path.is_file():
         pytest.skip(f"{name} is not in {golden_root()}")
-    return load_file(path)
+    return path
+
+
+def golden_tensors(name: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; the calling test is skipped where it is absent."""
+    return load_file(golden_path(name))
 
 
 def parameters(values: list[Any], missing: str) -> list[Any]:
