@@ -14,11 +14,8 @@ data set lies on the GPU.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
-import os
-import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -30,16 +27,19 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
 from ddim.config import ConfigError, PixelConfig, load_config
+from ddim.datasets import ArrayImages, DatasetUnavailable, open_dataset
+from ddim.schedule import alphas_cumprod, make_betas
+from ddim.transforms import to_model
 from ddim.unet import UNet
+from qdiff.files import atomic_file, write_atomically
 
 WARMUP_STEPS = 1000  # learning rate from 0 to its full value
 EAGER_STEPS = 5  # real steps before the capture: allocations, cuDNN's choice of kernels, compilation
-TIMED_STEPS = 100  # real steps that tell how many fit into --minutes
-STEPS_PER_REPORT = 100  # on a GPU; every report waits for the device
+TIMED_STEPS = 500  # real steps that tell how many fit into --minutes
+STEPS_PER_REPORT = 500  # on a GPU; every report waits for the device
 SECONDS_PER_CHECKPOINT = 60.0
 SECONDS_TO_FINISH = 8.0  # of --minutes, kept for writing the results
 
@@ -96,29 +96,19 @@ def ema_decay(step: int, decay: float) -> float:
 
 
 def load_images(config: PixelConfig, root: Path) -> Tensor:
-    """All training images: N x C x H x W, uint8, padded with zeros to the size the config asks for.
+    """All training images at the size the config asks for: N x C x H x W, uint8.
 
-    Args:
-        root: folder with ``FashionMNIST/raw``; its files may be gzipped.
+    Raises:
+        ConfigError: a data set that is not kept in memory, or a config that changes images at random.
+        DatasetUnavailable: no files.
     """
-    if config.data.dataset != "FashionMNIST":
-        raise ConfigError(f"key 'data.dataset': {config.data.dataset!r} cannot be trained on; expected FashionMNIST")
-    for archive in sorted((root / "FashionMNIST" / "raw").glob("*.gz")):
-        _unpack(archive)
-    images = FashionMNIST(str(root), train=True, download=False).data[:, None]  # N, 1, 28, 28
-    margin = config.data.image_size - images.shape[-1]
-    before, after = margin // 2, margin - margin // 2
-    return F.pad(images, (before, after, before, after)).contiguous()
-
-
-def _unpack(archive: Path) -> None:
-    target = archive.with_suffix("")
-    if target.exists():
-        return
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    with gzip.open(archive) as source, partial.open("wb") as sink:
-        shutil.copyfileobj(source, sink)
-    partial.replace(target)
+    data = config.data
+    if data.random_flip or data.uniform_dequantization or data.gaussian_dequantization or data.logit_transform:
+        raise ConfigError("section 'data': training here knows no flips, dequantization or logits; set them to false")
+    dataset = open_dataset(data, root, train=True)
+    if not isinstance(dataset, ArrayImages):
+        raise ConfigError(f"key 'data.dataset': {data.dataset} does not fit into memory; CIFAR10 or FashionMNIST do")
+    return dataset.images.contiguous()
 
 
 class Trainer:
@@ -142,11 +132,7 @@ class Trainer:
         self.forward: nn.Module = self.model
         self.loss_sum = torch.zeros((), device=self.device)
         self.average_rate = torch.zeros((), device=self.device)  # 1 - decay; a tensor so that the graph reads it
-        diffusion = config.diffusion
-        betas = torch.linspace(
-            diffusion.beta_start, diffusion.beta_end, diffusion.num_diffusion_timesteps, dtype=torch.float64
-        )
-        alpha_bar = (1 - betas).cumprod(0)
+        alpha_bar = alphas_cumprod(make_betas(config.diffusion))
         self.signal = alpha_bar.sqrt().float().to(self.device)
         self.noise = (1 - alpha_bar).sqrt().float().to(self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -166,9 +152,7 @@ class Trainer:
         batch = self.options.batch_size
         index = torch.randint(len(self.images), (batch,), device=self.device)
         t = torch.randint(len(self.signal), (batch,), device=self.device)
-        x0 = self.images[index].float() / 255
-        if self.config.data.rescaled:
-            x0 = 2 * x0 - 1
+        x0 = to_model(self.images[index].float() / 255, self.config.data)
         noise = torch.randn_like(x0)
         x_t = self.signal[t][:, None, None, None] * x0 + self.noise[t][:, None, None, None] * noise
         x_t = x_t.contiguous(memory_format=self.layout)
@@ -283,12 +267,8 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     """Write everything a later ``--resume`` needs. The file is whole or as it was before, whenever the run ends."""
     identity = run_identity(trainer.config, trainer.options)
     content = {"identity": identity, "progress": asdict(progress), "trainer": trainer.state()}
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with atomic_file(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
@@ -377,16 +357,15 @@ def save_results(folder: Path, trainer: Trainer, progress: Progress) -> None:
     """Write the averaged weights, float16, and the facts: in the header of the file and as JSON beside it."""
     about = facts(trainer, progress)
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    partial = folder / "model.partial"
-    partial.write_bytes(save(trainer.average_state(torch.float16), metadata=header))
-    partial.replace(folder / "model.safetensors")
-    (folder / "train.json").write_text(json.dumps(about | {"losses": progress.losses}, indent=1) + "\n")
+    write_atomically(folder / "model.safetensors", save(trainer.average_state(torch.float16), metadata=header))
+    record = json.dumps(about | {"losses": progress.losses}, indent=1) + "\n"
+    write_atomically(folder / "train.json", record.encode())
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file, e.g. configs/fashion_mnist.yml")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data set as torchvision keeps it")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set, see ddim.datasets")
     parser.add_argument("-l", "--logdir", type=Path, required=True, help="folder for everything that is written")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="length of the run")
@@ -398,17 +377,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (GPU only; takes a minute)")
     parser.add_argument("--resume", action="store_true", help="go on from LOGDIR/checkpoint.pt")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
-    args = parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
         config = load_config(args.config)
         options = TrainOptions(
-            batch_size=args.batch_size or config.training.batch_size,
-            lr=args.lr or config.optim.lr,
+            batch_size=config.training.batch_size if args.batch_size is None else args.batch_size,
+            lr=config.optim.lr if args.lr is None else args.lr,
             ema=config.model.ema_rate if args.ema is None else args.ema,
             seed=args.seed,
             steps=args.steps,
@@ -416,11 +396,15 @@ def main(argv: list[str] | None = None) -> None:
             compile=args.compile,
             device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        trainer = Trainer(config, options, load_images(config, args.data).to(options.device))
         checkpoint = args.logdir / "checkpoint.pt"
+        if checkpoint.exists() and not args.resume:
+            raise ValueError(
+                f"{checkpoint} belongs to an earlier run: --resume goes on with it, -l names another folder"
+            )
+        trainer = Trainer(config, options, load_images(config, args.data).to(options.device))
         progress = load_checkpoint(checkpoint, trainer) if args.resume else Progress(total=args.steps)
-    except (ConfigError, ValueError) as error:
-        raise SystemExit(f"train_pixel_ddpm: {error}") from None
+    except (ValueError, DatasetUnavailable) as error:
+        parser.error(str(error))
     args.logdir.mkdir(parents=True, exist_ok=True)
     train(trainer, progress, args.logdir, started)
     save_results(args.logdir, trainer, progress)
