@@ -1,0 +1,83 @@
+"""From exceptions to what a user reads: one line that says what is wrong and what to do, and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ddim.config import ConfigError
+from ddim.pretrained import CheckpointUnavailable
+from qdiff.calibration_data import CalibrationSetError
+
+STATUS_WRONG_INPUT = 2
+STATUS_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message says how."""
+
+
+class OutOfMemoryError(UserError):
+    """The device's memory is too small for the settings."""
+
+
+EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointUnavailable)
+
+
+@contextmanager
+def exit_on_error(program: str, *, verbose: bool = False) -> Iterator[None]:
+    """End the process with one line on standard error for each kind of failure that users meet.
+
+    Anything else is a mistake of ours and keeps its traceback.
+
+    Args:
+        program: what the message starts with.
+        verbose: print the traceback too.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; what has its final name is whole", file=sys.stderr)
+        raise SystemExit(STATUS_INTERRUPTED) from None
+    except (*EXPLAINED, OSError) as error:
+        if verbose:
+            traceback.print_exc()
+        message = explain_os_error(error) if isinstance(error, OSError) else str(error)
+        print(f"{program}: error: {message}", file=sys.stderr)
+        raise SystemExit(STATUS_WRONG_INPUT) from None
+
+
+def explain_os_error(error: OSError) -> str:
+    """What the operating system refused, where, and what helps."""
+    remedies = {
+        errno.ENOSPC: "make room, then go on in the same folder; finished files are whole",
+        errno.EDQUOT: "make room, then go on in the same folder; finished files are whole",
+        errno.EFBIG: "files may not grow this large here (see ulimit -f)",
+        errno.EACCES: "choose another place, or change its permissions",
+        errno.EPERM: "choose another place, or change its permissions",
+        errno.EROFS: "the file system is read-only; choose another place",
+        errno.ENOTDIR: "a part of this path is a file; choose another place",
+        errno.EEXIST: "a file of this name is in the way; choose another place",
+    }
+    place = f"{error.filename}: " if error.filename else ""
+    remedy = remedies.get(error.errno or 0)
+    return f"{place}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
+
+
+@contextmanager
+def lower_on_out_of_memory(flag: str, value: int) -> Iterator[None]:
+    """Name the setting to lower when the device's memory runs out inside the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        place = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        raise OutOfMemoryError(
+            f"out of {place}; lower {flag}, which is {value} now, or use another --device"
+        ) from error

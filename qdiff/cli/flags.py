@@ -1,0 +1,301 @@
+"""The flags that the sampling commands share, each defined once, and the checks that need no file to be read.
+
+A command makes a :class:`Parser`, adds the groups it has, and calls the ``check_*`` functions. They exit with status 2
+through ``parser.error``, naming flag, value and remedy, before a model is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdiff.config import ACT_BITS, WEIGHT_BITS
+
+# What has a meaning only together with another flag.
+NEEDS_PTQ = (
+    *("quant_mode", "weight_bit", "act_bit", "quant_act", "a_sym", "a_min_max", "split", "sm_abit"),
+    *("running_stat", "rs_sm_only", "resume", "resume_w", "cali_ckpt"),
+)
+NEEDS_QUANT_ACT = ("act_bit", "a_sym", "a_min_max", "sm_abit", "running_stat", "rs_sm_only", "resume_w")
+
+
+class Help(argparse.HelpFormatter):
+    """Shows defaults in brackets, where there are any."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        hidden = action.default is None or isinstance(action.default, bool) or action.default is argparse.SUPPRESS
+        return text if hidden or "[" in text else f"{text} [%(default)s]"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)  # examples keep their lines
+
+
+class _NotGiven:
+    """Stands for a flag the command line is silent about, until its default takes the place."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Knows afterwards which flags were given (``args.given``), and takes no abbreviations.
+
+    A packed checkpoint describes itself, so a flag that was given must agree with it, and one that was not follows it:
+    the two have to be told apart even when the value is the default.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
+        silent = argparse.Namespace(**dict.fromkeys(defaults, _NotGiven))
+        parsed, unknown = self.parse_known_args(args, silent)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
+        given = {name for name, value in vars(parsed).items() if value is not _NotGiven}
+        values = {name: value if name in given else defaults[name] for name, value in vars(parsed).items()}
+        return argparse.Namespace(**values, given=frozenset(given))
+
+    def _suggestion(self, unknown: Sequence[str]) -> str:
+        names = [name for action in self._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        return f" (did you mean {close[0]}?)" if close else " (--help lists the flags)"
+
+    def flag(self, dest: str) -> str:
+        """The long form of a flag, as the user types it."""
+        action = next(a for a in self._actions if a.dest == dest)
+        return max(action.option_strings, key=len)
+
+
+def choice_of(numbers: Sequence[int]) -> Callable[[str], int]:
+    """Converter of a whole number that is one of ``numbers``."""
+
+    def convert(text: str) -> int:
+        if text.strip() not in map(str, numbers):
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, numbers))}")
+        return int(text)
+
+    return convert
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Converter of a whole number with a lower bound."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = minimum - 1
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return number
+
+    return convert
+
+
+def real(*, zero: bool) -> Callable[[str], float]:
+    """Converter of a finite number above 0, or from 0 on."""
+
+    def convert(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if not (0 < number < float("inf") or (zero and number == 0)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'of at least' if zero else 'above'} 0")
+        return number
+
+    return convert
+
+
+def device_name(text: str) -> str:
+    """Converter of ``cpu``, ``cuda`` or ``cuda:N``; the device must be there."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of cpu, cuda, cuda:0, cuda:1, ...")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        found = f"this machine has {there}" if there else "no CUDA device was found"
+        raise argparse.ArgumentTypeError(f"{text!r}: {found}; use --device cpu")
+    return text
+
+
+def add_common_flags(parser: Parser, *, seed: int | None) -> None:
+    """``--seed`` (required where ``seed`` is None), ``--device``, ``--verbose``."""
+    group = parser.add_argument_group("general")
+    group.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=seed,
+        required=seed is None,
+        help="of all noise; image i of a seed is the same whatever the batch size",
+    )
+    group.add_argument(
+        "--device", type=device_name, metavar="DEVICE", help="cpu or cuda [cuda where there is one, else cpu]"
+    )
+    group.add_argument("--verbose", action="store_true", help="more detail in the log, and tracebacks with errors")
+
+
+def add_quantization_flags(
+    parser: Parser, *, a_sym: bool = True, a_min_max: bool = False, default_quant_mode: str = "qdiff"
+) -> None:
+    """What is quantized and to how many bits.
+
+    Args:
+        a_sym, a_min_max: whether the command has these flags.
+    """
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--ptq", action="store_true", help="quantize the network; without it, full precision")
+    group.add_argument(
+        "--quant_mode",
+        choices=("qdiff", "linear"),
+        default=default_quant_mode,
+        help="qdiff reconstructs the network unit by unit; linear only rounds to nearest (the baseline)",
+    )
+    group.add_argument(
+        "--weight_bit", type=choice_of(WEIGHT_BITS), default=8, metavar="BITS", help="bits of the weights, 2 to 8"
+    )
+    group.add_argument("--quant_act", action="store_true", help="quantize activations as well as weights")
+    group.add_argument(
+        "--act_bit", type=choice_of(ACT_BITS), default=8, metavar="BITS", help="bits of the activations, 2 to 8 or 16"
+    )
+    if a_sym:
+        group.add_argument("--a_sym", action="store_true", help="symmetric activation quantizers")
+    if a_min_max:
+        group.add_argument(
+            "--a_min_max", action="store_true", help="first activation ranges from minimum and maximum, no search"
+        )
+    group.add_argument(
+        "--sm_abit",
+        type=choice_of(ACT_BITS),
+        default=8,
+        metavar="BITS",
+        help="bits of attention maps after softmax, 2 to 8 or 16",
+    )
+    group.add_argument(
+        "--split", action="store_true", help="quantize the two halves of each decoder shortcut separately"
+    )
+
+
+def add_calibration_flags(parser: Parser) -> None:
+    """The calibration set and the reconstruction."""
+    group = parser.add_argument_group("calibration", "not used when sampling from a calibrated checkpoint (--resume)")
+    group.add_argument(
+        "--cali_data_path", metavar="FILE", help="calibration set; scripts/make_calibration_data.py makes one"
+    )
+    group.add_argument(
+        "--cali_st", type=at_least(1), default=1, metavar="N", help="steps of the trajectory to take from the set"
+    )
+    group.add_argument(
+        "--cali_n", type=at_least(1), default=1024, metavar="N", help="samples to take from each of these steps"
+    )
+    group.add_argument(
+        "--cali_batch_size", type=at_least(1), default=32, metavar="N", help="samples in an optimisation step"
+    )
+    group.add_argument(
+        "--cali_iters", type=at_least(0), default=20000, metavar="N", help="steps spent on the weights of a unit"
+    )
+    group.add_argument(
+        "--cali_iters_a", type=at_least(0), default=5000, metavar="N", help="steps spent on the activations of a unit"
+    )
+    group.add_argument(
+        "--cali_lr", type=real(zero=False), default=4e-4, metavar="X", help="learning rate of activation step sizes"
+    )
+    group.add_argument(
+        "--cali_p", type=real(zero=False), default=2.4, metavar="X", help="exponent of the loss for activations"
+    )
+    group.add_argument(
+        "--running_stat",
+        action="store_true",
+        help="activation ranges as a moving average over the calibration set (momentum 0.95)",
+    )
+    group.add_argument(
+        "--rs_sm_only", action="store_true", help="with --running_stat: only for attention maps after softmax"
+    )
+
+
+def add_resume_flags(parser: Parser) -> None:
+    """Going on from a calibrated checkpoint."""
+    group = parser.add_argument_group("calibrated checkpoints")
+    group.add_argument("--resume", action="store_true", help="sample from --cali_ckpt without calibrating")
+    group.add_argument(
+        "--resume_w", action="store_true", help="take the weights of --cali_ckpt and calibrate activations only"
+    )
+    group.add_argument(
+        "--cali_ckpt",
+        metavar="FILE",
+        help="ckpt.pth in the published format, or a packed ckpt.safetensors, which needs no further flags",
+    )
+
+
+def check_quantization(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that contradict or need one another, and files that are not there."""
+    if not args.ptq:
+        for name in NEEDS_PTQ:
+            if name in args.given:
+                parser.error(f"{_said(parser, args, name)} needs --ptq, without which nothing is quantized")
+        return
+    if args.resume and args.resume_w:
+        parser.error(
+            "--resume and --resume_w exclude each other: --resume samples from a checkpoint as it is, "
+            "--resume_w takes its weights and calibrates activations"
+        )
+    if not args.quant_act:
+        for name in NEEDS_QUANT_ACT:
+            if name in args.given:
+                parser.error(f"{_said(parser, args, name)} needs --quant_act, without which activations are in full")
+    if args.rs_sm_only and not args.running_stat:
+        parser.error("--rs_sm_only needs --running_stat")
+    _check_checkpoint_flags(parser, args)
+    if needs_calibration_set(args) and args.cali_data_path is None:
+        parser.error(
+            "calibrating needs --cali_data_path FILE (scripts/make_calibration_data.py makes one); "
+            "to sample from a calibrated checkpoint use --resume --cali_ckpt FILE"
+        )
+    if needs_calibration_set(args):
+        check_file(parser, args, "cali_data_path", "scripts/make_calibration_data.py makes one")
+
+
+def _check_checkpoint_flags(parser: Parser, args: argparse.Namespace) -> None:
+    for name in ("resume", "resume_w"):
+        if getattr(args, name) and args.cali_ckpt is None:
+            parser.error(f"--{name} needs --cali_ckpt FILE, the calibrated checkpoint")
+    if args.cali_ckpt is not None and not (args.resume or args.resume_w):
+        parser.error(
+            f"--cali_ckpt {args.cali_ckpt} needs --resume (sample from it) or --resume_w (calibrate its activations)"
+        )
+    check_file(parser, args, "cali_ckpt", "a calibration writes ckpt.pth and ckpt.safetensors into its run folder")
+
+
+def needs_calibration_set(args: argparse.Namespace) -> bool:
+    """Whether the command calibrates. Rounding weights to nearest needs no data."""
+    return args.ptq and not args.resume and (args.quant_mode == "qdiff" or args.quant_act)
+
+
+def check_file(parser: Parser, args: argparse.Namespace, dest: str, remedy: str) -> None:
+    """A path that was given must be a file."""
+    path = getattr(args, dest)
+    if path is not None and not Path(path).is_file():
+        what = "is a folder, not a file" if Path(path).is_dir() else "no such file"
+        parser.error(f"{parser.flag(dest)} {path}: {what}; {remedy}")
+
+
+def _said(parser: Parser, args: argparse.Namespace, dest: str) -> str:
+    """A flag as it stood on the command line."""
+    value = getattr(args, dest)
+    return parser.flag(dest) if value is True else f"{parser.flag(dest)} {value}"
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """CUDA where there is one, unless the command line says otherwise."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,214 @@
+"""What the commands for pixel-space models share: their flags, the full-precision model and the sampler."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim.config import ConfigError, PixelConfig
+from ddim.dpm_solver import dpm_solver_sample
+from ddim.noise import ImageNoise
+from ddim.pretrained import CheckpointUnavailable, checkpoint_path, load_weights
+from ddim.samplers import EpsilonModel, OnStep, ddim_sample, ddpm_sample
+from ddim.schedule import SKIP_TYPES, alphas_cumprod, make_betas, sampling_timesteps
+from ddim.unet import UNet
+from qdiff.cli.errors import UserError
+from qdiff.cli.flags import Parser, at_least, check_file, real
+from qdiff.evaluation.sampling import tf32
+
+SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver")
+DPM_SKIP_TYPES = {"uniform": "time_uniform", "quad": "time_quadratic"}
+
+logger = logging.getLogger(__name__)
+
+
+def add_model_flags(parser: Parser) -> None:
+    """``--config`` and where the full-precision weights come from."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file, one of configs/*.yml")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--use_pretrained",
+        action="store_true",
+        help="the published (or bundled) full-precision weights of this config; downloaded once where needed",
+    )
+    source.add_argument(
+        "--ckpt", metavar="FILE", help="full-precision weights of your own: .ckpt, .pth, .pt or .safetensors"
+    )
+
+
+def add_sampler_flags(parser: Parser) -> None:
+    """How images are sampled."""
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--sample_type",
+        choices=SAMPLE_TYPES,
+        default="generalized",
+        help="generalized (DDIM), ddpm_noisy (ancestral) or dpm_solver (DPM-Solver++ of order 3)",
+    )
+    group.add_argument(
+        "--skip_type", choices=SKIP_TYPES, default="uniform", help="spacing of the timesteps; quad is dense near 0"
+    )
+    group.add_argument(
+        "--timesteps", type=at_least(1), default=1000, metavar="N", help="sampling steps, up to the schedule's"
+    )
+    group.add_argument(
+        "--eta", type=real(zero=True), default=0.0, metavar="X", help="noise in DDIM steps: 0 none, 1 as in DDPM"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        metavar="N",
+        help="images at once; changes speed and memory, not the images [sampling.batch_size of the config]",
+    )
+
+
+def check_model_flags(parser: Parser, args: argparse.Namespace, *, standalone: bool = False) -> None:
+    """Args:
+    standalone: a packed checkpoint stands in for the full-precision weights.
+    """
+    check_file(parser, args, "config", "the repository's configs/ has some")
+    check_file(parser, args, "ckpt", "--use_pretrained takes the published weights instead")
+    if not (args.use_pretrained or args.ckpt or standalone):
+        parser.error(
+            "say where the full-precision weights come from: --use_pretrained (published or bundled) or --ckpt FILE"
+        )
+
+
+def check_sampler_flags(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
+    """Refuse more steps than the schedule has, and noise where it has no effect."""
+    most = config.diffusion.num_diffusion_timesteps
+    if args.timesteps > most:
+        parser.error(f"--timesteps {args.timesteps}: the schedule of {args.config} has {most}; use 1 to {most}")
+    if args.eta > 0 and args.sample_type != "generalized":
+        parser.error(
+            f"--eta {args.eta} needs --sample_type generalized; {args.sample_type} has no noise that could be changed"
+        )
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """The sampler's flags."""
+
+    sample_type: str
+    skip_type: str
+    timesteps: int
+    eta: float
+    seed: int
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> SamplerOptions:
+        return cls(args.sample_type, args.skip_type, args.timesteps, args.eta, args.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class PixelSampler:
+    """Samples images by number: the same number gives the same image in any batch.
+
+    Attributes:
+        image_shape: C, H, W.
+        n_steps: model calls of a trajectory. Can be more than ``options.timesteps``
+            (:func:`ddim.schedule.sampling_timesteps`).
+    """
+
+    def __init__(self, config: PixelConfig, options: SamplerOptions, device: torch.device):
+        self.options, self.device = options, device
+        self.image_shape = image_shape(config)
+        try:
+            self._alpha_bar = alphas_cumprod(make_betas(config.diffusion))
+        except ValueError as error:
+            raise ConfigError(f"section 'diffusion' of the config: {error}") from None
+        self._times = sampling_timesteps(config.diffusion.num_diffusion_timesteps, options.timesteps, options.skip_type)
+        self.n_steps = options.timesteps if options.sample_type == "dpm_solver" else len(self._times)
+
+    @torch.no_grad()
+    def __call__(self, model: EpsilonModel, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        """Images ``indices`` of the seed, in the range the model was trained on: N x C x H x W."""
+        options = self.options
+        noise = ImageNoise(options.seed, indices, self.image_shape, self.device)
+        x = noise.start()
+        with tf32(False):  # ten bits of mantissa would let images depend on the batch size
+            if options.sample_type == "dpm_solver":
+                return dpm_solver_sample(
+                    model,
+                    x,
+                    self._alpha_bar,
+                    steps=options.timesteps,
+                    order=3,
+                    method="singlestep",
+                    skip_type=DPM_SKIP_TYPES[options.skip_type],
+                    on_step=on_step,
+                )
+            if options.sample_type == "ddpm_noisy":
+                return ddpm_sample(model, x, self._times, self._alpha_bar, noise=noise.step, on_step=on_step)
+            return ddim_sample(
+                model, x, self._times, self._alpha_bar, eta=options.eta, noise=noise.step, on_step=on_step
+            )
+
+
+def image_shape(config: PixelConfig) -> tuple[int, int, int]:
+    """C, H, W of what the network sees."""
+    return config.data.channels, config.data.image_size, config.data.image_size
+
+
+def weights_path(args: argparse.Namespace, config: PixelConfig) -> Path:
+    """Where the full-precision weights lie; downloads them where they have to be.
+
+    Raises:
+        UserError: no published weights are known for this config.
+        CheckpointUnavailable: they could not be fetched.
+    """
+    if args.ckpt:
+        return Path(args.ckpt)
+    try:
+        return checkpoint_path(config)
+    except CheckpointUnavailable:
+        raise
+    except ValueError as error:
+        raise UserError(f"--use_pretrained: {error}") from None
+
+
+def load_full_precision(args: argparse.Namespace, config: PixelConfig) -> UNet:
+    """The UNet of the config with the weights the flags name, on the CPU, in eval mode.
+
+    Raises:
+        UserError: the weights are damaged or of another architecture.
+    """
+    path = weights_path(args, config)
+    model = UNet.from_config(config).eval()
+    try:
+        load_weights(path, model, args.config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    logger.debug("full-precision weights from %s", path)
+    return model
+
+
+def image_bar(total: int, done: int = 0) -> tqdm:
+    """Progress in images; it moves on within a batch too, by fractions of them."""
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(total=total, initial=done, unit=" images", desc="sampling", bar_format=layout, smoothing=0.05)
+
+
+def with_bar(sampler: PixelSampler, model: nn.Module, bar: tqdm) -> Callable[..., Tensor]:
+    """The sampler for one model, (indices, on_step=None) -> samples, moving a bar at each model call."""
+
+    def sample(indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        def both(k: int, t: float, x: Tensor) -> None:
+            bar.update(min(len(indices) / sampler.n_steps, bar.total - bar.n))  # rounding must not pass the end
+            if on_step is not None:
+                on_step(k, t, x)
+
+        return sampler(model, indices, both)
+
+    return sample

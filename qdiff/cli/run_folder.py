@@ -1,0 +1,247 @@
+"""Run folders: where images, checkpoints, log and options of one run lie, and how a stopped run goes on.
+
+``-l DIR`` makes ``DIR/samples/<date>/``. Where ``DIR`` itself is such a folder (it holds a ``sampling_config.yaml``),
+that run is continued: its options must be those of the command, and only the images that are missing are made.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from qdiff.cli.errors import UserError
+from qdiff.files import write_atomically
+
+CONFIG_NAME = "sampling_config.yaml"
+LOG_NAME = "run.log"
+GRID_NAME = "grid.png"
+
+# Options that say where or how fast, not what: a run may be continued with others.
+FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose")
+GRID_IMAGES = 64
+GRID_COLUMNS = 8
+
+logger = logging.getLogger("qdiff")
+
+
+class RunFolder:
+    """One run's folder, found by :meth:`find` or made by :meth:`create`.
+
+    Attributes:
+        path: the folder, absolute.
+        continued: it was there before.
+    """
+
+    def __init__(self, path: Path, continued: bool):
+        self.path, self.continued = path, continued
+        self.images = path / "img"
+
+    @classmethod
+    def find(cls, logdir: str | Path, options: dict[str, Any]) -> RunFolder | None:
+        """The run that ``logdir`` itself is, if it is one. Changes nothing.
+
+        Args:
+            options: everything that decides the result, as plain values.
+
+        Raises:
+            UserError: an option differs from the recorded one.
+        """
+        record = Path(logdir).absolute() / CONFIG_NAME
+        if not record.is_file():
+            return None
+        _check_same(_read_options(record), _plain(options), record)
+        return cls(record.parent, continued=True)
+
+    @classmethod
+    def create(cls, logdir: str | Path, options: dict[str, Any]) -> RunFolder:
+        """A new folder below ``logdir``, with the options in it.
+
+        Raises:
+            OSError: the folder cannot be made or written to.
+        """
+        folder = cls(_new_dated_folder(Path(logdir).absolute() / "samples"), continued=False)
+        folder.images.mkdir()
+        text = yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)
+        write_atomically(folder.path / CONFIG_NAME, text.encode())
+        return folder
+
+    def tidy(self) -> None:
+        """Remove what a killed run left unfinished."""
+        self.images.mkdir(exist_ok=True)
+        for place in (self.path, self.images):
+            for leftover in place.glob(".*.part"):
+                leftover.unlink(missing_ok=True)
+
+    def image_path(self, index: int) -> Path:
+        return self.images / f"{index:06d}.png"
+
+    def missing_images(self, total: int) -> list[int]:
+        """Numbers below ``total`` whose image is not there yet, ascending."""
+        there = {name.name for name in os.scandir(self.images)}
+        return [i for i in range(total) if self.image_path(i).name not in there]
+
+    def save_images(self, indices: Sequence[int], images: Tensor) -> None:
+        """Write images in [0, 1], N x C x H x W with 1 or 3 channels; each file is whole or not there."""
+        for index, image in zip(indices, images, strict=True):
+            write_atomically(self.image_path(index), _png(image), durable=False)
+
+    def save_grid(self, total: int) -> Path | None:
+        """One picture of the first images, read back from their files; None when there are none."""
+        paths = [self.image_path(i) for i in range(min(total, GRID_IMAGES))]
+        images = [read_png(path) for path in paths if path.is_file()]
+        if not images:
+            return None
+        path = self.path / GRID_NAME
+        write_atomically(path, _png(make_grid(images, nrow=min(GRID_COLUMNS, len(images)), padding=1)))
+        return path
+
+    @contextmanager
+    def logging(self, argv: Sequence[str], *, verbose: bool = False) -> Iterator[None]:
+        """Copy what is logged under ``qdiff`` to ``run.log`` and the terminal. A new log starts with how to go on."""
+        file = _LogFile(self.path / LOG_NAME)
+        terminal = _Terminal()
+        before = logger.level, logger.propagate
+        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        logger.propagate = False  # printed here, not once more by a root handler
+        logger.addHandler(file)
+        logger.addHandler(terminal)
+        try:
+            if not self.continued:
+                logger.info("run folder %s; continue this run with: %s", self.path, continue_command(argv, self.path))
+            else:
+                logger.info("continuing the run in %s", self.path)
+            yield
+        finally:
+            for handler in (file, terminal):
+                logger.removeHandler(handler)
+                handler.close()
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+
+
+def continue_command(argv: Sequence[str], folder: Path) -> str:
+    """The command line that was typed, its ``-l`` pointing at the run's own folder."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        if word in ("-l", "--logdir"):
+            next(rest, None)
+        elif not word.startswith(("--logdir=", "-l")):
+            words.append(word)
+    return shlex.join(["python", *words, "-l", str(folder)])
+
+
+def read_png(path: Path) -> Tensor:
+    """C x H x W in [0, 1]."""
+    with Image.open(path) as image:
+        return to_tensor(image)
+
+
+def _png(image: Tensor) -> bytes:
+    pixels = image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()  # H, W, C
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _new_dated_folder(parent: Path) -> Path:
+    """A folder named after this second, with a number behind it where the name is taken."""
+    parent.mkdir(parents=True, exist_ok=True)
+    date = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    for number in count():
+        folder = parent / (f"{date}-{number}" if number else date)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not the options of a run; give -l another folder to start a new run")
+    return content
+
+
+def _check_same(recorded: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    before, after = _flat(recorded), _flat(now)
+    names = [name for name in {**before, **after} if name not in FREE_OPTIONS]
+    differing = [name for name in names if before.get(name) != after.get(name)]
+    if differing:
+        shown = "; ".join(f"{name} is {after.get(name)!r}, was {before.get(name)!r}" for name in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"{path}: this run was started with other options: {shown}{more}. Continue with the recorded ones, or give "
+            "-l another folder to start a new run"
+        )
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in options.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _plain(options: Any) -> Any:
+    """As YAML gives it back: lists for tuples, text for paths."""
+    if isinstance(options, dict):
+        return {str(key): _plain(value) for key, value in options.items()}
+    if isinstance(options, (list, tuple)):
+        return [_plain(value) for value in options]
+    return options if isinstance(options, (bool, int, float, str, type(None))) else str(options)
+
+
+class _LogFile(logging.FileHandler):
+    """Fails like any other file of the run when the disk is full, rather than printing a traceback and going on."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8")
+        self.path = path
+        self.setFormatter(_FirstLinePlain("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exception()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        raise
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what could not be flushed was reported when it was written
+            self.stream = None
+
+
+class _FirstLinePlain(logging.Formatter):
+    """Times stand before each line but the first, which is there to be copied."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.getMessage().startswith("run folder ") else super().format(record)
+
+
+class _Terminal(logging.Handler):
+    """Prints without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))

@@ -1,0 +1,111 @@
+"""The command that makes calibration sets."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from ddim.config import load_config
+from ddim.noise import ImageNoise
+from qdiff.cli.make_calibration_data import main
+from qdiff.cli.pixel import PixelSampler, SamplerOptions
+
+from .conftest import STEPS
+
+
+def make(miniature, path, *flags):
+    main([*miniature.flags(), "--out", str(path), *map(str, flags)])
+    return torch.load(path, weights_only=True)
+
+
+def test_holds_every_step_of_the_sampler(miniature):
+    content = torch.load(miniature.calibration_set, weights_only=True)
+    assert list(content) == ["xs", "ts"]
+    assert [x.shape for x in content["xs"]] == [(6, 3, 8, 8)] * STEPS
+    assert [t.tolist() for t in content["ts"]] == [[t] * 6 for t in (80.0, 45.0, 20.0, 5.0, 0.0)]
+    assert torch.equal(content["xs"][0], ImageNoise(0, range(6), (3, 8, 8)).start())
+
+
+def test_does_not_depend_on_the_batch_size(miniature, tmp_path):
+    content = torch.load(miniature.calibration_set, weights_only=True)
+    again = make(miniature, tmp_path / "set.pt", "-n", 6, "--batch_size", 5)
+    for x, y in zip(content["xs"], again["xs"], strict=True):
+        assert (x - y).abs().max() < 1e-4
+
+
+def test_keeps_what_calibration_takes(miniature, tmp_path):
+    content = torch.load(miniature.calibration_set, weights_only=True)
+    kept = make(miniature, tmp_path / "set.pt", "--cali_st", 2, "--cali_n", 3, "--half")
+    assert [t[0].item() for t in kept["ts"]] == [80.0, 20.0, 0.0]
+    assert [x.shape[0] for x in kept["xs"]] == [3, 3, 3]
+    assert kept["xs"][0].dtype == torch.float16
+    assert torch.equal(kept["xs"][0], content["xs"][0][:3].half())
+
+
+@pytest.mark.parametrize("sample_type", ["ddpm_noisy", "dpm_solver"])
+def test_other_samplers(miniature, tmp_path, sample_type):
+    content = make(miniature, tmp_path / "set.pt", "-n", 2, "--sample_type", sample_type)
+    assert len(content["xs"]) == STEPS
+    times = [float(t[0]) for t in content["ts"]]
+    assert times == sorted(times, reverse=True)
+
+
+def test_summary(miniature, tmp_path, capsys):
+    make(miniature, tmp_path / "set.pt", "-n", 2)
+    said = capsys.readouterr().out
+    for word in ("5 steps of 2x3x8x8", "timesteps 80 down to 0", "--cali_st 5 --cali_n 2"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--cali_st", "6"], ["--cali_st 6", "1 to 5"]),
+        (["--cali_n", "9", "-n", "3"], ["--cali_n 9", "--n_samples 3"]),
+        (["--timesteps", "101"], ["--timesteps 101", "1 to 100"]),
+        (["--timesteps", "0"], ["--timesteps", "'0'", "at least 1"]),
+        (["--sample_type", "dpm_solver", "--eta", "1"], ["--eta 1.0", "generalized"]),
+        (["--out", "/nowhere/at/all.pt"], ["--out", "no folder"]),
+        (["--samples", "3"], ["--samples", "did you mean --n_samples"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "cpu, cuda"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_flags(miniature, tmp_path, failing, flags, words):
+    failure = failing(*miniature.flags(), "--out", tmp_path / "set.pt", *flags, main=main)
+    assert failure.status == 2
+    for word in words:
+        assert word in failure.message
+    assert os.listdir(tmp_path) == []
+
+
+def test_does_not_replace_a_file_unasked(miniature, tmp_path, failing):
+    path = tmp_path / "set.pt"
+    path.write_text("precious")
+    failure = failing(*miniature.flags(), "--out", path, main=main)
+    assert failure.status == 2
+    assert "--force" in failure.message
+    assert path.read_text() == "precious"
+    assert len(make(miniature, path, "-n", 1, "--force")["xs"]) == STEPS
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_full_disk(miniature, tmp_path, failing, monkeypatch):
+    import qdiff.files
+
+    monkeypatch.setattr(
+        qdiff.files.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "part"))
+    )
+    failure = failing(*miniature.flags(), "-n", 1, "--out", tmp_path / "set.pt", main=main)
+    assert failure.status == 2
+    assert f"{tmp_path / 'set.pt'}: No space left on device" in failure.message
+    assert os.listdir(tmp_path) == []
+
+
+def test_uniform_steps_that_do_not_divide_the_schedule(miniature):
+    sampler = PixelSampler(
+        load_config(miniature.config), SamplerOptions("generalized", "uniform", 30, 0.0, 0), torch.device("cpu")
+    )
+    assert sampler.n_steps == 34  # 0, 3, ..., 99: the stride is kept, as in the published sampler
