@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import ast
+import importlib.util
 import itertools
 import re
 import shlex
@@ -89,6 +91,17 @@ SHELL_LINES = shell_lines(README)
 SCRIPT_COMMANDS = [filled for line in SHELL_LINES if line.startswith("python scripts/") for filled in filled_in(line)]
 
 
+def parser_of(script: Path) -> argparse.ArgumentParser:
+    """A script's parser, without starting a process: from its module in qdiff.cli, or the script's own."""
+    module = re.search(r"from qdiff\.cli\.(\w+) import main", script.read_text())
+    if module:
+        return importlib.import_module(f"qdiff.cli.{module[1]}").build_parser()
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded.make_parser()
+
+
 def test_readme_begins_with_demo_and_test() -> None:
     assert SHELL_LINES[:2] == ["make demo", "make test"]
 
@@ -115,12 +128,8 @@ def test_readme_command_is_understood(command: str, capsys: pytest.CaptureFixtur
     script = ROOT / words[0]
     assert script.is_file(), f"README names {words[0]}, which does not exist"
 
-    # A script is a thin shell around qdiff.cli.<module>: its parser is built here without starting a process.
-    module = re.search(r"qdiff\.cli(?:\.(\w+)| import (\w+))", script.read_text())
-    assert module, f"{words[0]} does not take its command line from qdiff.cli"
-    parser = importlib.import_module(f"qdiff.cli.{module[1] or module[2]}").build_parser()
     try:
-        parser.parse_args(words[1:])
+        parser_of(script).parse_args(words[1:])
     except SystemExit:
         pytest.fail(f"{command}\n{capsys.readouterr().err}")
 
@@ -136,6 +145,59 @@ def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
     local = [target for target in targets if target and "://" not in target]
     missing = [target for target in local if not (ROOT / page).parent.joinpath(target).exists()]
     assert not missing
+
+
+# ---- the arrows of docs/architecture.md ----------------------------------------------------------------------
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+LAYERS = re.findall(r"^\| `(qdiff/[\w./]+)` \|", ARCHITECTURE, flags=re.MULTILINE)  # in order, the lowest first
+
+QDIFF_INIT = ROOT / "qdiff" / "__init__.py"  # gathers the public names: above every layer
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from package import name`: name may be a module
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(dotted: str) -> int | None:
+    """The row of the table that a module of qdiff belongs to."""
+    path = dotted.replace(".", "/")
+    rows = [i for i, row in enumerate(LAYERS) if f"{path}.py" == row or f"{path}/".startswith(row)]
+    return rows[0] if rows else None
+
+
+def test_architecture_lists_every_module_of_qdiff_and_no_other() -> None:
+    assert [row for row in LAYERS if not (ROOT / row).exists()] == []
+    there = [str(p.relative_to(ROOT).with_suffix("")) for p in (ROOT / "qdiff").rglob("*.py") if p != QDIFF_INIT]
+    assert [name for name in there if layer_of(name.removesuffix("/__init__").replace("/", ".")) is None] == []
+
+
+@pytest.mark.parametrize("package", ["ddim", "ldm"])
+def test_full_precision_packages_do_not_import_qdiff(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        assert not {name for name in imported_modules(path) if name.split(".")[0] == "qdiff"}, path
+
+
+def test_qdiff_imports_only_downwards() -> None:
+    wrong = []
+    for path in (ROOT / "qdiff").rglob("*.py"):
+        here = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+        if path == QDIFF_INIT or here is None:
+            continue
+        for name in imported_modules(path):
+            there = layer_of(name) if name.startswith("qdiff.") else None
+            if there is not None and there > here:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
 
 
 # ---- the package -------------------------------------------------------------------------------------------
