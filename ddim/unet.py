@@ -122,8 +122,11 @@ class AttnBlock(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k / sqrt(C)) v, each N x C x P."""
-        scores = torch.bmm(q.transpose(1, 2), k) * self.channels**-0.5  # N, P (of q), P (of k)
-        return torch.bmm(v, scores.softmax(dim=2).transpose(1, 2))
+        return torch.bmm(v, self.softmax_map(q, k).transpose(1, 2))
+
+    def softmax_map(self, q: Tensor, k: Tensor) -> Tensor:
+        """N x P (of q) x P (of k): how much each position takes from each other."""
+        return (torch.bmm(q.transpose(1, 2), k) * self.channels**-0.5).softmax(dim=2)
 
 
 class _Level(nn.Module):

@@ -122,8 +122,9 @@ def _search_rows(rows: Tensor, n_bits: int, symmetric: bool, always_zero: bool) 
     for step in range(MSE_CANDIDATES):
         shrink = 1.0 - 0.01 * step
         delta, zero = _candidate(lowest * shrink, highest * shrink, n_bits, symmetric, always_zero)
-        torch.div(rows, delta, out=work)
-        work.round_().clamp_(lo - zero, hi - zero).mul_(delta)
+        torch.div(rows, delta, out=work).round_()
+        torch.maximum(work, lo - zero, out=work)  # clamp_() with a bound a row is many times slower
+        torch.minimum(work, hi - zero, out=work).mul_(delta)
         score = work.sub_(rows).abs_().pow_(MSE_NORM).mean(dim=1, keepdim=True)
         better = score < best_score
         best_score = torch.where(better, score, best_score)

@@ -72,9 +72,7 @@ class UniformAffineQuantizer(nn.Module):
             )
         else:
             lowest, highest = primitives.observed_range(x, c.channel_wise)
-            grid = primitives.range_to_grid(
-                lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero
-            )
+            grid = primitives.range_to_grid(lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
         self.set_grid(*grid)
 
     @torch.no_grad()
@@ -143,9 +141,7 @@ class AdaRoundQuantizer(nn.Module):
         round_mode: accepted for the published signature; only ``learned_hard_sigmoid`` exists.
     """
 
-    def __init__(
-        self, quantizer: UniformAffineQuantizer, weight: Tensor, round_mode: str = "learned_hard_sigmoid"
-    ):
+    def __init__(self, quantizer: UniformAffineQuantizer, weight: Tensor, round_mode: str = "learned_hard_sigmoid"):
         super().__init__()
         if round_mode != "learned_hard_sigmoid":
             raise ValueError(f"round_mode={round_mode!r}: only learned_hard_sigmoid is supported")
@@ -186,10 +182,8 @@ def integer_codes(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
     """
     lo, hi = quantizer.bounds
     scaled = weight / quantizer.delta
-    if isinstance(quantizer, AdaRoundQuantizer):
-        integers = scaled.floor() + (quantizer.alpha >= 0)
-    else:
-        integers = scaled.round()
+    learned = isinstance(quantizer, AdaRoundQuantizer)
+    integers = scaled.floor() + (quantizer.alpha >= 0) if learned else scaled.round()
     return (integers + quantizer.zero_point).clamp(lo, hi).to(torch.uint8)
 
 

@@ -1,0 +1,47 @@
+"""What the quantizer must know about each family of UNets, and nothing else in :mod:`qdiff` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from qdiff.config import QuantConfig
+from qdiff.quant_block import BaseQuantBlock
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One family of UNets.
+
+    The network itself offers ``stages()``, ``begin(*inputs)`` and ``advance(stage, flow)``: its forward pass in pieces
+    (see :class:`ddim.unet.UNet`).
+
+    Attributes:
+        family: short name, recorded in checkpoints.
+        blocks: full-precision block class -> its quantized class.
+        shortcuts: yields ``(path, decoder channels)`` of every layer over a concatenation that ``--split`` cuts.
+        finish_block: adds a quantized block's own quantizers, given the quantization asked for.
+    """
+
+    family: str
+    blocks: Mapping[type[nn.Module], type[BaseQuantBlock]]
+    shortcuts: Callable[[nn.Module], Iterator[tuple[str, int]]]
+    finish_block: Callable[[BaseQuantBlock, QuantConfig], None]
+
+
+def find_adapter(unet: nn.Module) -> Adapter:
+    """The adapter of a network's class.
+
+    Raises:
+        TypeError: no family claims the class.
+    """
+    from qdiff.adapters.ddim import ADAPTER as DDIM
+
+    known = {"ddim.unet.UNet": DDIM}
+    for cls in type(unet).__mro__:
+        adapter = known.get(f"{cls.__module__}.{cls.__qualname__}")
+        if adapter is not None:
+            return adapter
+    raise TypeError(f"{type(unet).__name__} is not a UNet that can be quantized; known: {', '.join(known)}")

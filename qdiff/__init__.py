@@ -1,0 +1,30 @@
+"""Post-training quantization of diffusion models: Q-Diffusion (Li et al., ICCV 2023)."""
+
+from qdiff.calibrate import calibrate
+from qdiff.calibration_data import CalibrationSet, get_train_samples, load_calibration_set
+from qdiff.config import CalibrationConfig, QuantConfig, QuantizerConfig
+from qdiff.quant_block import BaseQuantBlock
+from qdiff.quant_layer import QuantModule, SplitQuantModule
+from qdiff.quant_model import QuantModel
+from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
+from qdiff.reconstruction import reconstruct_activations, reconstruct_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaRoundQuantizer",
+    "BaseQuantBlock",
+    "CalibrationConfig",
+    "CalibrationSet",
+    "QuantConfig",
+    "QuantModel",
+    "QuantModule",
+    "QuantizerConfig",
+    "SplitQuantModule",
+    "UniformAffineQuantizer",
+    "calibrate",
+    "get_train_samples",
+    "load_calibration_set",
+    "reconstruct_activations",
+    "reconstruct_weights",
+]

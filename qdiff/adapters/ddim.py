@@ -1,0 +1,62 @@
+"""The pixel UNets of :mod:`ddim`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ddim.unet import AttnBlock, ResnetBlock
+from qdiff.adapters import Adapter
+from qdiff.config import QuantConfig, QuantizerConfig
+from qdiff.quant_block import BaseQuantBlock
+from qdiff.quantizers import UniformAffineQuantizer
+
+
+class QuantResnetBlock(BaseQuantBlock, ResnetBlock):
+    """A residual block: only its layers are quantized."""
+
+    kind = "residual block"
+
+
+class QuantAttnBlock(BaseQuantBlock, AttnBlock):
+    """Self-attention with quantized q, k, v and softmax map. q and k are quantized before they are scaled."""
+
+    kind = "attention block"
+
+    def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
+        for name in "qkv":
+            setattr(self, f"act_quantizer_{name}", UniformAffineQuantizer.from_config(act))
+        self.act_quantizer_w = UniformAffineQuantizer.from_config(softmax)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.use_act_quant:
+            q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
+        return super().attend(q, k, v)
+
+    def softmax_map(self, q: Tensor, k: Tensor) -> Tensor:
+        weights = super().softmax_map(q, k)
+        return self.act_quantizer_w(weights) if self.use_act_quant else weights
+
+
+def _shortcuts(unet: nn.Module) -> Iterator[tuple[str, int]]:
+    for path, module in unet.named_modules():
+        if isinstance(module, ResnetBlock) and module.skip_channels and hasattr(module, "nin_shortcut"):
+            yield f"{path}.nin_shortcut", module.in_channels - module.skip_channels
+
+
+def _finish_block(block: BaseQuantBlock, config: QuantConfig) -> None:
+    if isinstance(block, QuantAttnBlock):
+        # Here the softmax map's grid follows --a_sym, unlike in the latent families.
+        softmax = QuantizerConfig(
+            config.sm_abit, symmetric=config.a_sym, scale_method=config.act_range, leaf_param=True
+        )
+        block.add_quantizers(config.act, softmax)
+
+
+ADAPTER = Adapter(
+    family="ddim",
+    blocks={ResnetBlock: QuantResnetBlock, AttnBlock: QuantAttnBlock},
+    shortcuts=_shortcuts,
+    finish_block=_finish_block,
+)

@@ -1,0 +1,46 @@
+"""Quantized blocks: what is calibrated as one unit, with the activations that no layer's input quantizer reaches."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizers import UniformAffineQuantizer
+
+
+class BaseQuantBlock(nn.Module):
+    """A block that is reconstructed as one unit. Families subclass it together with their own full-precision block.
+
+    The quantized block takes over the children and settings of the block it replaces, and inherits its forward pass:
+    only the layers in it, already replaced, and what a subclass overrides are different.
+
+    Attributes:
+        kind: what the block is called in tables.
+    """
+
+    kind: ClassVar[str] = "block"
+
+    @classmethod
+    def take_over(cls, block: nn.Module) -> BaseQuantBlock:
+        """Make the quantized block out of a full-precision one, whose layers may be replaced already."""
+        quantized = cls.__new__(cls)
+        nn.Module.__init__(quantized)
+        for name, value in vars(block).items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                quantized.__dict__[name] = value
+        for store in ("_modules", "_parameters", "_buffers"):
+            getattr(quantized, store).update(getattr(block, store))
+        quantized.use_weight_quant = quantized.use_act_quant = False
+        return quantized
+
+    def block_act_quantizers(self) -> list[UniformAffineQuantizer]:
+        """The quantizers of activations that belong to the block itself and not to one of its layers."""
+        return [child for child in self.children() if isinstance(child, UniformAffineQuantizer)]
+
+    def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
+        self.use_weight_quant, self.use_act_quant = weight_quant, act_quant
+        for module in self.modules():
+            if module is not self and isinstance(module, QuantModule | BaseQuantBlock):
+                module.set_quant_state(weight_quant, act_quant)

@@ -1,0 +1,226 @@
+"""A UNet whose layers are quantized, and the units in which it is calibrated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdiff.adapters import find_adapter
+from qdiff.config import QuantConfig, QuantizerConfig
+from qdiff.quant_block import BaseQuantBlock
+from qdiff.quant_layer import QUANTIZABLE, QuantModule, SplitQuantModule
+from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is reconstructed at once: a residual, attention or transformer block, or a single remaining layer.
+
+    Attributes:
+        path: of the module in the UNet, as in checkpoints but for the leading ``model.``.
+        stage: the step of the UNet's forward pass in which it runs.
+    """
+
+    path: str
+    module: QuantModule | BaseQuantBlock
+    stage: Any
+
+    @property
+    def kind(self) -> str:
+        return "layer" if isinstance(self.module, QuantModule) else self.module.kind
+
+    def layers(self) -> list[QuantModule]:
+        return [module for module in self.module.modules() if isinstance(module, QuantModule)]
+
+    def act_quantizers(self) -> list[UniformAffineQuantizer]:
+        """Every activation quantizer of the unit, those of attention products included."""
+        quantizers = [quantizer for layer in self.layers() for quantizer in layer.act_quantizers()]
+        for block in self.module.modules():
+            if isinstance(block, BaseQuantBlock):
+                quantizers += block.block_act_quantizers()
+        return quantizers
+
+    def parameter_count(self) -> int:
+        """Weights and biases of the layers."""
+        return sum(p.numel() for layer in self.layers() for p in (layer.weight, layer.bias) if p is not None)
+
+
+class QuantModel(nn.Module):
+    """Wraps a UNet: every convolution, linear layer and attention product in it gets quantizers.
+
+    The UNet is changed in place and belongs to the wrapper from then on. Freshly wrapped it still computes in full
+    precision; :meth:`set_quant_state` turns quantization on.
+
+    Args:
+        model: a UNet of a known family (:mod:`qdiff.adapters`).
+        weight_quant_params, act_quant_params: the published dictionaries (``n_bits``, ``symmetric``, ``channel_wise``,
+            ``scale_method``, ``leaf_param``, ``always_zero``) or configs.
+        sm_abit: bits of attention maps after softmax.
+        split: cut up-path shortcuts in two.
+
+    Raises:
+        TypeError: the class of ``model`` is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_quant_params: QuantizerConfig | dict[str, Any] | None = None,
+        act_quant_params: QuantizerConfig | dict[str, Any] | None = None,
+        sm_abit: int = 8,
+        *,
+        split: bool = False,
+    ):
+        super().__init__()
+        weight = QuantizerConfig.from_params(weight_quant_params or {"channel_wise": True})
+        act = QuantizerConfig.from_params(act_quant_params or {"leaf_param": True})
+        self.config = QuantConfig(
+            weight_bit=weight.n_bits,
+            act_bit=act.n_bits,
+            quant_act=act_quant_params is not None,
+            a_sym=act.symmetric,
+            split=split,
+            sm_abit=sm_abit,
+            weight_range=weight.scale_method,
+            act_range=act.scale_method,
+        )
+        self.adapter = find_adapter(model)
+        self.model = model
+        self._wrap_layers(weight, act)
+        self._wrap_blocks()
+        self.train(model.training)
+
+    @classmethod
+    def from_config(cls, model: nn.Module, config: QuantConfig) -> QuantModel:
+        """Wrap ``model`` as a :class:`~qdiff.config.QuantConfig` says."""
+        quantized = cls(model, config.weight, config.act, config.sm_abit, split=config.split)
+        quantized.config = config
+        return quantized
+
+    def _wrap_layers(self, weight: QuantizerConfig, act: QuantizerConfig) -> None:
+        cuts = dict(self.adapter.shortcuts(self.model)) if self.config.split else {}
+        layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, QUANTIZABLE)]
+        for path, layer in layers:
+            if path in cuts:
+                quantized = SplitQuantModule(layer, weight, act, split_channels=cuts[path])
+            else:
+                quantized = QuantModule(layer, weight, act)
+            _replace(self.model, path, quantized)
+
+    def _wrap_blocks(self) -> None:
+        found = [(path, module) for path, module in self.model.named_modules() if type(module) in self.adapter.blocks]
+        for path, block in found:
+            quantized = self.adapter.blocks[type(block)].take_over(block)
+            self.adapter.finish_block(quantized, self.config)
+            _replace(self.model, path, quantized)
+
+    def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model(x, t, *args, **kwargs)
+
+    # Looking inside.
+
+    def layers(self) -> dict[str, QuantModule]:
+        """Every quantized layer by its path in the UNet."""
+        return {path: m for path, m in self.model.named_modules() if isinstance(m, QuantModule)}
+
+    def act_quantizers(self) -> dict[str, UniformAffineQuantizer]:
+        """Every activation quantizer by its path in the UNet."""
+        return {
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, UniformAffineQuantizer) and "act_quantizer" in path.rpartition(".")[2]
+        }
+
+    def units(self) -> list[Unit]:
+        """What is reconstructed, in the order in which the network runs it."""
+        return [unit for stage in self.model.stages() for unit in self.units_of(stage)]
+
+    def units_of(self, stage: Any) -> list[Unit]:
+        """The units that run within one stage of the forward pass."""
+        return list(_units_below(stage.path, self.model.get_submodule(stage.path), stage))
+
+    # Switching quantization.
+
+    def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
+        """Quantize weights and activations from now on, or not."""
+        for module in self.modules():
+            if isinstance(module, QuantModule):
+                module.set_quant_state(weight_quant, act_quant)
+            elif isinstance(module, BaseQuantBlock):
+                module.use_weight_quant, module.use_act_quant = weight_quant, act_quant
+
+    @contextlib.contextmanager
+    def quant_state(self, weight_quant: bool, act_quant: bool) -> Iterator[None]:
+        """The same for the length of a ``with`` block."""
+        modules = [m for m in self.modules() if isinstance(m, QuantModule | BaseQuantBlock)]
+        before = [(m.use_weight_quant, m.use_act_quant) for m in modules]
+        self.set_quant_state(weight_quant, act_quant)
+        try:
+            yield
+        finally:
+            for module, flags in zip(modules, before, strict=True):
+                module.use_weight_quant, module.use_act_quant = flags
+
+    def find_weight_grids(self) -> None:
+        """Set every weight's grid from the weight itself: round to nearest."""
+        for layer in self.layers().values():
+            layer.find_weight_grid()
+
+    def learn_rounding(self) -> None:
+        """Give every weight rounding variables (the structure of calibrated checkpoints)."""
+        for layer in self.layers().values():
+            layer.learn_rounding()
+
+    def bake(self) -> None:
+        """Compute every quantized weight once; forward passes then cost what full-precision ones do."""
+        for layer in self.layers().values():
+            layer.bake()
+
+    def weights_calibrated(self) -> bool:
+        """Whether every weight has rounding variables."""
+        return all(
+            isinstance(q, AdaRoundQuantizer) for layer in self.layers().values() for q, _ in layer.weight_quantizers()
+        )
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def _units_below(path: str, module: nn.Module, stage: Any) -> Iterator[Unit]:
+    if isinstance(module, QuantModule | BaseQuantBlock):
+        yield Unit(path, module, stage)
+        return
+    for name, child in module.named_children():
+        yield from _units_below(f"{path}.{name}", child, stage)
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the length of a ``with`` block; every module's own mode comes back."""
+    before = [(module, module.training) for root in modules for module in root.modules()]
+    for root in modules:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def frozen_parameters(module: nn.Module) -> Iterator[None]:
+    """No parameter of ``module`` asks for gradients inside the ``with`` block."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
