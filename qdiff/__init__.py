@@ -2,6 +2,7 @@
 
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet, get_train_samples, load_calibration_set
+from qdiff.checkpoint import CheckpointError, load_quantized, resume_cali_model, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule, SplitQuantModule
@@ -16,6 +17,7 @@ __all__ = [
     "BaseQuantBlock",
     "CalibrationConfig",
     "CalibrationSet",
+    "CheckpointError",
     "QuantConfig",
     "QuantModel",
     "QuantModule",
@@ -25,6 +27,10 @@ __all__ = [
     "calibrate",
     "get_train_samples",
     "load_calibration_set",
+    "load_quantized",
     "reconstruct_activations",
     "reconstruct_weights",
+    "resume_cali_model",
+    "save_packed",
+    "save_published",
 ]

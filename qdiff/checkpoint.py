@@ -1,0 +1,500 @@
+"""Calibrated networks on disk: the published format and a packed one. ``docs/formats.md`` describes both.
+
+*Published* (``ckpt.pth``): the state dictionary of the wrapped UNet: full-precision weights, their grids and rounding
+variables, activation grids. What is true of it (bits, flags) lies in ``ckpt.json`` beside it.
+
+*Packed* (``ckpt.safetensors``): each weight as its integers at their real bit width, and a header that says
+everything needed to understand them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import platform
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from qdiff.config import QuantConfig
+from qdiff.files import atomic_file, write_atomically
+from qdiff.quant_layer import QuantModule, SplitQuantModule
+from qdiff.quant_model import QuantModel
+from qdiff.quantizers import UniformAffineQuantizer
+
+FORMAT = "qdiff-packed"
+FORMAT_VERSION = 1
+PREFIX = "model."
+
+
+class CheckpointError(ValueError):
+    """A calibrated checkpoint that cannot be used; the message names the difference and the flag that mends it."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        quant: bits, flags and range methods.
+        model_config: the UNet's config, as a nested dictionary.
+        calibration: how it was calibrated, as free facts.
+        versions: software that wrote it.
+    """
+
+    quant: QuantConfig
+    model_config: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def software_versions() -> dict[str, str]:
+    import qdiff
+
+    return {"qdiff": qdiff.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a file is of the packed form, by its name."""
+    return Path(path).suffix == ".safetensors"
+
+
+# Writing.
+
+
+def save_published(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> None:
+    """Write the published format, and the facts about it beside it.
+
+    Args:
+        path: usually ``ckpt.pth``; the facts go to the same name with ``.json``.
+        qnn: a calibrated model that still holds its full-precision weights.
+        info: ``model_config`` and ``calibration`` to record.
+    """
+    qnn.learn_rounding()  # round-to-nearest weights get the rounding variables that say the same
+    state = {
+        name: tensor.detach().cpu().float()
+        for name, tensor in qnn.state_dict().items()
+        if qnn.config.quant_act or not _is_act_entry(name)
+    }
+    with atomic_file(path) as file:
+        torch.save(state, file)
+    facts = _info_of(qnn, info).to_dict()
+    write_atomically(Path(path).with_suffix(".json"), json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n")
+    qnn.bake()
+
+
+def save_packed(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> int:
+    """Write the packed format. The same model gives the same bytes.
+
+    Returns:
+        the size of the file in bytes.
+    """
+    content = packed_bytes(qnn, info=info)
+    write_atomically(path, content)
+    return len(content)
+
+
+def packed_bytes(qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> bytes:
+    """The content of a packed file.
+
+    A few long tensors instead of thousands of short ones: an entry in a safetensors header costs a hundred bytes,
+    more than most of the tensors. The order within each is that of ``index`` in the header.
+    """
+    layers = qnn.layers()
+    codes, deltas, zeros, full = [], [], [], []
+    index: dict[str, Any] = {"layers": [], "full": [], "act": []}
+    for path, layer in layers.items():
+        for (quantizer, _), part in zip(layer.weight_quantizers(), layer.codes(), strict=True):
+            codes.append(pack_bits(part.cpu(), qnn.config.weight_bit))
+            deltas.append(quantizer.delta.detach().cpu().float().flatten())
+            zeros.append(quantizer.zero_point.detach().cpu().to(torch.int32).flatten())
+        index["layers"].append([path, list(layer.weight.shape), _cut(layer)])
+    for name, tensor in _full_precision_tensors(qnn).items():
+        full.append(tensor.detach().cpu().float().flatten())
+        index["full"].append([name, list(tensor.shape)])
+    tensors = {
+        "codes": torch.cat(codes),
+        "delta": torch.cat(deltas),
+        "zero_point": torch.cat(zeros),
+        "full": torch.cat(full),
+    }
+    if qnn.config.quant_act:
+        quantizers = qnn.act_quantizers()
+        index["act"] = list(quantizers)
+        tensors["act_delta"] = torch.stack([q.delta.detach().cpu().float() for q in quantizers.values()])
+        tensors["act_zero_point"] = torch.stack([q.zero_point.cpu().to(torch.int32) for q in quantizers.values()])
+    metadata = {"format_version": FORMAT_VERSION, "family": qnn.adapter.family, "index": index}
+    metadata |= _info_of(qnn, info).to_dict()
+    # One entry, because safetensors writes several in no fixed order.
+    return serialize(tensors, {FORMAT: json.dumps(metadata, separators=(",", ":"), sort_keys=True)})
+
+
+def size_report(qnn: QuantModel, packed_size: int) -> str:
+    """One line: the packed file against the same network in full precision."""
+    values = sum(layer.weight.numel() for layer in qnn.layers().values())
+    values += sum(tensor.numel() for tensor in _full_precision_tensors(qnn).values())
+    return (
+        f"{packed_size / 2**20:.2f} MiB packed: {4 * values / packed_size:.1f} times smaller than fp32 "
+        f"({4 * values / 2**20:.2f} MiB), {2 * values / packed_size:.1f} times smaller than fp16 "
+        f"({2 * values / 2**20:.2f} MiB)"
+    )
+
+
+def pack_bits(codes: Tensor, n_bits: int) -> Tensor:
+    """Integers below 2^n_bits as one string of bits, lowest bit first, padded to whole bytes.
+
+    Args:
+        codes: uint8, any shape.
+
+    Returns:
+        uint8, ceil(numel · n_bits / 8).
+    """
+    flat = codes.flatten().numpy()
+    if n_bits == 8:
+        return torch.from_numpy(flat.copy())
+    bits = np.unpackbits(flat[:, None], axis=1, count=n_bits, bitorder="little")
+    return torch.from_numpy(np.packbits(bits, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, n_bits: int, count: int) -> Tensor:
+    """The ``count`` integers that :func:`pack_bits` packed: uint8, flat."""
+    if n_bits == 8:
+        return packed[:count].clone()
+    bits = np.unpackbits(packed.numpy(), count=count * n_bits, bitorder="little").reshape(count, n_bits)
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").squeeze(1))
+
+
+def packed_length(count: int, n_bits: int) -> int:
+    """Bytes of ``count`` packed integers."""
+    return -(-count * n_bits // 8)
+
+
+# Reading.
+
+
+def read_info(path: str | Path) -> CheckpointInfo | None:
+    """What a checkpoint says of itself, from its header or the JSON beside it. None where nothing is said.
+
+    Raises:
+        CheckpointError: the file is missing or its header cannot be read.
+    """
+    path = _existing(path)
+    if is_packed(path):
+        return _info_from(_metadata(path), path)
+    facts = path.with_suffix(".json")
+    if not facts.is_file():
+        return None
+    try:
+        return _info_from(json.loads(facts.read_text(encoding="utf-8")), facts)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{facts}: not a JSON file; remove it to rely on the flags alone") from None
+
+
+def load_quantized(
+    path: str | Path, qnn: QuantModel, *, quant_act: bool, weights_only: bool = False, keep_full_precision: bool = False
+) -> None:
+    """Load a calibrated checkpoint of either form into a wrapped UNet, exactly as it was calibrated.
+
+    Args:
+        qnn: wrapped as the checkpoint was (:func:`read_info` says how); its quantization is on afterwards.
+        quant_act: quantize activations too.
+        weights_only: leave activation grids alone, whether or not the file has them (``--resume_w``).
+        keep_full_precision: the UNet holds the full-precision weights and needs them again, as targets. Packed files
+            replace the weights otherwise.
+
+    Raises:
+        CheckpointError: what differs, and the flag that would make it fit.
+    """
+    path = _existing(path)
+    wants_act = quant_act and not weights_only
+    if is_packed(path):
+        _load_packed(path, qnn, quant_act=wants_act, keep_full_precision=keep_full_precision)
+    else:
+        _load_published(path, qnn, quant_act=wants_act)
+    qnn.bake()
+    qnn.set_quant_state(True, wants_act)
+
+
+def resume_cali_model(
+    qnn: QuantModel, ckpt_path: str | Path, cali_data: Any = None, quant_act: bool = False, *_: Any, **__: Any
+) -> None:
+    """The published name for :func:`load_quantized`; ``cali_data`` is not needed, since grids exist beforehand."""
+    load_quantized(ckpt_path, qnn, quant_act=quant_act)
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A published file's tensors, without running anything that a pickle may hold.
+
+    Raises:
+        CheckpointError: missing, truncated, or holding anything but tensors and plain containers.
+    """
+    path = _existing(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path}: refused: it holds more than tensors and plain containers, which would run code when loaded"
+            ) from None
+        raise CheckpointError(f"{path}: not a checkpoint, or cut short") from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError):
+        raise CheckpointError(f"{path}: cannot be read: cut short, or not a checkpoint") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors")
+    return state
+
+
+def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool) -> None:
+    state = read_state(path)
+    weights = {name: tensor for name, tensor in state.items() if not _is_act_entry(name)}
+    acts = {name: tensor for name, tensor in state.items() if _is_act_entry(name)}
+    qnn.learn_rounding()
+    expected = {name: tuple(tensor.shape) for name, tensor in qnn.state_dict().items() if not _is_act_entry(name)}
+    _check_split(path, weights, expected)
+    _check_architecture(path, {name: tuple(tensor.shape) for name, tensor in weights.items()}, expected)
+    _check_bits(path, qnn, weights)
+    if quant_act:
+        _check_act_entries(path, qnn, acts)
+    qnn.load_state_dict(weights | acts if quant_act else weights, strict=False)
+
+
+def _check_split(path: Path, found: Iterable[str], expected: Iterable[str]) -> None:
+    in_file = any(".weight_quantizer_0." in name for name in found)
+    in_model = any(".weight_quantizer_0." in name for name in expected)
+    if in_file and not in_model:
+        raise CheckpointError(f"{path} was calibrated with --split; add --split")
+    if in_model and not in_file:
+        raise CheckpointError(f"{path} was calibrated without --split; leave --split out")
+
+
+def _check_architecture(path: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing and all(".weight_quantizer" in name for name in missing) and not extra:
+        raise CheckpointError(
+            f"{path} is not a calibrated checkpoint: it has no {missing[0].removeprefix(PREFIX)}; "
+            "a full-precision one goes to --ckpt"
+        )
+    different = [name for name in expected if name in found and not _same_shape(found[name], expected[name])]
+    if not (missing or extra or different):
+        return
+    parts = [
+        f"{len(missing)} tensors are missing, as {missing[0]}" if missing else "",
+        f"{len(extra)} are unknown, as {extra[0]}" if extra else "",
+        f"{different[0]} is {_shape(found[different[0]])} instead of {_shape(expected[different[0]])}"
+        if different
+        else "",
+    ]
+    raise CheckpointError(
+        f"{path} belongs to another architecture: {'; '.join(part for part in parts if part)}. "
+        "Give the --config it was calibrated with"
+    )
+
+
+def _same_shape(a: tuple, b: tuple) -> bool:
+    return a == b or (math.prod(a) == math.prod(b) == 1)
+
+
+def _shape(shape: tuple) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _check_bits(path: Path, qnn: QuantModel, weights: Mapping[str, Tensor]) -> None:
+    bits = estimate_weight_bits(weights)
+    asked = qnn.config.weight_bit
+    tolerance = 0 if qnn.config.weight_range == "max" else 1
+    if bits is not None and abs(bits - asked) > tolerance:
+        raise CheckpointError(
+            f"{path} was calibrated with {bits}-bit weights, not {asked}-bit ones: give --weight_bit {bits}"
+        )
+
+
+def estimate_weight_bits(weights: Mapping[str, Tensor]) -> int | None:
+    """Bits of the weights of a published file, which does not record them: from how many steps its ranges span."""
+    steps = []
+    for name, delta in weights.items():
+        layer, found, suffix = name.rpartition(".weight_quantizer.delta")
+        weight = weights.get(f"{layer}.weight")
+        if not found or suffix or weight is None or f"{layer}.weight_quantizer_0.delta" in weights:
+            continue
+        rows = weight.float().flatten(1)
+        spread = rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)
+        steps.append(spread / delta.float().flatten())
+    if not steps:
+        return None
+    return round(math.log2(torch.cat(steps).median().item() + 1))
+
+
+def _check_act_entries(path: Path, qnn: QuantModel, acts: Mapping[str, Tensor]) -> None:
+    expected = {f"{PREFIX}{name}.{part}" for name in qnn.act_quantizers() for part in ("delta", "zero_point")}
+    if not acts:
+        raise CheckpointError(
+            f"{path} was calibrated without activations; leave --quant_act out, or calibrate them with --resume_w"
+        )
+    if missing := sorted(expected - acts.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} activation grids, as {missing[0]}; calibrate again")
+    if extra := sorted(acts.keys() - expected):
+        raise CheckpointError(f"{path} has {len(extra)} activation grids unknown here, as {extra[0]}")
+    symmetric = [q.config.symmetric or q.config.always_zero for q in qnn.act_quantizers().values()]
+    shifted = any(tensor.any() for name, tensor in acts.items() if name.endswith("zero_point"))
+    if all(symmetric) and shifted:
+        raise CheckpointError(f"{path} was calibrated with asymmetric activations; leave --a_sym out")
+    if not any(symmetric) and not shifted:
+        raise CheckpointError(f"{path} was calibrated with symmetric activations; add --a_sym")
+
+
+def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_precision: bool) -> None:
+    metadata = _metadata(path)
+    info = _info_from(metadata, path)
+    _check_config(path, info.quant, qnn.config, quant_act=quant_act)
+    index = metadata["index"]
+    tensors = _read_tensors(path)
+    layers = qnn.layers()
+    full = _full_precision_tensors(qnn)
+    found = {name: tuple(shape) for name, shape, _ in index["layers"]} | {n: tuple(s) for n, s in index["full"]}
+    expected = {path: tuple(layer.weight.shape) for path, layer in layers.items()}
+    _check_architecture(path, found, expected | {name: tuple(tensor.shape) for name, tensor in full.items()})
+
+    codes, deltas, zeros, values = (_Cursor(tensors[name]) for name in ("codes", "delta", "zero_point", "full"))
+    for name, shape, cut in index["layers"]:
+        parts = [
+            _read_part(codes, deltas, zeros, part_shape, info.quant.weight_bit) for part_shape in _parts(shape, cut)
+        ]
+        try:
+            layers[name].load_codes(parts, keep_full_precision=keep_full_precision)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}; give the --ckpt it was calibrated from") from None
+    for name, shape in index["full"]:
+        full[name].data.copy_(values.take(math.prod(shape)).view(shape))
+    if quant_act:
+        quantizers = qnn.act_quantizers()
+        for name, delta, zero in zip(index["act"], tensors["act_delta"], tensors["act_zero_point"], strict=True):
+            quantizers[name].set_grid(delta, zero)
+
+
+def _check_config(path: Path, theirs: QuantConfig, ours: QuantConfig, *, quant_act: bool) -> None:
+    names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant_act else [])
+    if quant_act and not theirs.quant_act:
+        raise CheckpointError(
+            f"{path} was calibrated without activations; leave --quant_act out, or calibrate them with --resume_w"
+        )
+    for name in names:
+        here, there = getattr(ours, name), getattr(theirs, name)
+        if here == there:
+            continue
+        if isinstance(there, bool):
+            remedy = f"with --{name}; add it" if there else f"without --{name}; leave it out"
+            raise CheckpointError(f"{path} was calibrated {remedy}")
+        raise CheckpointError(f"{path} was calibrated with --{name} {there}, not {here}")
+
+
+class _Cursor:
+    """Reads one piece after the other from a long tensor."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.position = tensor, 0
+
+    def take(self, count: int) -> Tensor:
+        piece = self.tensor[self.position : self.position + count]
+        self.position += count
+        return piece
+
+
+def _read_part(
+    codes: _Cursor, deltas: _Cursor, zeros: _Cursor, shape: list[int], n_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = math.prod(shape)
+    grid_shape = [shape[0]] + [1] * (len(shape) - 1)
+    integers = unpack_bits(codes.take(packed_length(count, n_bits)), n_bits, count).view(shape)
+    return integers, deltas.take(shape[0]).view(grid_shape), zeros.take(shape[0]).view(grid_shape)
+
+
+def _parts(shape: list[int], cut: int) -> list[list[int]]:
+    """Shapes of a weight's separately quantized parts."""
+    if not cut:
+        return [shape]
+    return [[shape[0], cut, *shape[2:]], [shape[0], shape[1] - cut, *shape[2:]]]
+
+
+def _cut(layer: QuantModule) -> int:
+    return layer.split_channels if isinstance(layer, SplitQuantModule) else 0
+
+
+def _full_precision_tensors(qnn: QuantModel) -> dict[str, Tensor]:
+    """Everything that no quantizer touches: biases, norms, buffers. Names as in the UNet."""
+    skipped = {f"{path}.weight" for path in qnn.layers()}
+    for path, module in qnn.model.named_modules():
+        if isinstance(module, UniformAffineQuantizer) or path.rpartition(".")[2].startswith("weight_quantizer"):
+            skipped |= {f"{path}.{name}" for name in ("delta", "zero_point", "alpha")}
+    return {name: tensor for name, tensor in qnn.model.state_dict(keep_vars=True).items() if name not in skipped}
+
+
+def _is_act_entry(name: str) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2].startswith("act_quantizer")
+
+
+def _info_of(qnn: QuantModel, info: Mapping[str, Any] | None) -> CheckpointInfo:
+    info = dict(info or {})
+    return CheckpointInfo(
+        quant=qnn.config,
+        model_config=info.pop("model_config", {}),
+        calibration=info.pop("calibration", {}),
+        versions=software_versions(),
+    )
+
+
+def _info_from(facts: Mapping[str, Any], path: Path) -> CheckpointInfo:
+    try:
+        return CheckpointInfo(
+            quant=QuantConfig(**facts["quant"]),
+            model_config=facts.get("model_config", {}),
+            calibration=facts.get("calibration", {}),
+            versions=facts.get("versions", {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not say how the network was quantized: {error}") from None
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            raw = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: cut short, or not a safetensors file ({error})") from None
+    if FORMAT not in raw:
+        raise CheckpointError(f"{path}: a safetensors file, but not a packed checkpoint; full precision goes to --ckpt")
+    metadata = json.loads(raw[FORMAT])
+    if metadata["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {metadata['format_version']}; this release reads up to {FORMAT_VERSION}"
+        )
+    return metadata
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such calibrated checkpoint")
+    return path
