@@ -147,6 +147,38 @@ def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
     assert not missing
 
 
+# ---- docs/formats.md ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_reader_in_the_formats_page_reads_packed_weights(bits: int, tmp_path: Path) -> None:
+    import torch
+
+    from ddim.config import load_config
+    from ddim.unet import UNet
+    from qdiff.calibrate import calibrate
+    from qdiff.checkpoint import save_packed
+    from qdiff.config import CalibrationConfig, QuantConfig
+    from qdiff.quant_model import QuantModel
+
+    torch.manual_seed(0)
+    unet = UNet.from_config(load_config(ROOT / "configs" / "fashion_mnist.yml"))
+    qnn = QuantModel.from_config(unet, QuantConfig(weight_bit=bits, split=True))
+    calibrate(qnn, None, CalibrationConfig(), mode="linear")
+    save_packed(tmp_path / "ckpt.safetensors", qnn)
+
+    page = (ROOT / "docs" / "formats.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    weights = names["read_weights"](tmp_path / "ckpt.safetensors")
+
+    layers = qnn.layers()
+    assert weights.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert torch.equal(torch.from_numpy(weights[name]), layer.baked_weight), name
+
+
 # ---- the arrows of docs/architecture.md ----------------------------------------------------------------------
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
