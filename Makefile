@@ -14,7 +14,6 @@ DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
