@@ -154,9 +154,10 @@ class _Loop:
         self.rate = torch.zeros((), device=self.device)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, fused=True, capturable=on_gpu)
         resident = self.data.target.device == self.device
-        (self._run_graphs if self.device.type == "cuda" and resident else self._run_eagerly)()
+        (self._run_graphs if on_gpu and resident else self._run_eagerly)()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
             parameter.grad = None

@@ -1,0 +1,121 @@
+"""Variants of one network side by side: the same inputs, the same starting noise, the same yardsticks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddim.config import PixelConfig
+from ddim.noise import ImageNoise
+from ddim.samplers import ddim_sample, timestep_batch
+from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from qdiff.evaluation.image_metrics import output_error
+from qdiff.quant_model import evaluating
+
+HELD_OUT_SEED = 987_654_321  # of starting noise that no calibration command draws by default
+
+
+@dataclass(frozen=True)
+class HeldOutInputs:
+    """Noisy inputs along the full-precision trajectory of images that no calibration saw.
+
+    Attributes:
+        x, t: network inputs, steps x per_step of them, noisiest first.
+        target: what the full-precision network makes of them.
+        per_step: consecutive rows that belong to one step.
+    """
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    per_step: int
+
+    def error(self, model: nn.Module, batch_size: int = 64) -> Tensor:
+        """Relative output error of a quantized network, one value a step (see :func:`output_error`)."""
+        return output_error(run_batches(model, self.x, self.t, batch_size), self.target, self.per_step)
+
+
+@torch.no_grad()
+def run_batches(model: nn.Module, x: Tensor, t: Tensor, batch_size: int) -> Tensor:
+    """The network's output for all rows, on the device of ``x``."""
+    with evaluating(model):
+        return torch.cat([model(a, b) for a, b in zip(x.split(batch_size), t.split(batch_size), strict=True)])
+
+
+def held_out_inputs(
+    model: nn.Module, config: PixelConfig, *, device: torch.device | str, steps: int = 20, per_step: int = 8
+) -> HeldOutInputs:
+    """Record the inputs of a full-precision DDIM run (quad steps, eta 0) over fresh noise."""
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    start = ImageNoise(HELD_OUT_SEED, range(per_step), shape, device=device).start()
+    alpha_bar = alphas_cumprod(make_betas(config.diffusion)).to(device)
+    timesteps = sampling_timesteps(config.diffusion.num_diffusion_timesteps, steps, "quad")
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def record(k: int, t: float, x: Tensor) -> None:
+        seen.append((x.clone(), timestep_batch(t, x)))
+
+    with evaluating(model):
+        ddim_sample(model, start, timesteps, alpha_bar, on_step=record)
+    x, t = (torch.cat(column) for column in zip(*seen, strict=True))
+    return HeldOutInputs(x, t, run_batches(model, x, t, 64), per_step)
+
+
+@torch.no_grad()
+def seconds_per_step(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, repeats: int = 5) -> float:
+    """Median wall time of one network call."""
+    times = []
+    for _ in range(repeats + 1):
+        _wait(x.device)
+        started = time.perf_counter()
+        model(x, t)
+        _wait(x.device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])  # the first call allocates and tunes
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, columns: int = 12) -> None:
+    """One row of images a variant, the same noise in the same column.
+
+    Args:
+        rows: label -> N x C x H x W in [0, 1]; the first ``columns`` images are shown.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {label: images[:columns].cpu() for label, images in rows.items()}
+    count = min(len(images) for images in shown.values())
+    figure, axes = pyplot.subplots(
+        len(shown), count, figsize=(0.8 * count + 2.6, 0.86 * len(shown) + 0.5), squeeze=False, layout="constrained"
+    )
+    for (label, images), line in zip(shown.items(), axes, strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns line up in plain text too."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
