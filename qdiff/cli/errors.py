@@ -13,6 +13,7 @@ import torch
 from ddim.config import ConfigError
 from ddim.pretrained import CheckpointUnavailable
 from qdiff.calibration_data import CalibrationSetError
+from qdiff.checkpoint import CheckpointError
 
 STATUS_WRONG_INPUT = 2
 STATUS_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
@@ -26,7 +27,7 @@ class OutOfMemoryError(UserError):
     """The device's memory is too small for the settings."""
 
 
-EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointUnavailable)
+EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointError, CheckpointUnavailable)
 
 
 @contextmanager
@@ -78,6 +79,4 @@ def lower_on_out_of_memory(flag: str, value: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         place = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-        raise OutOfMemoryError(
-            f"out of {place}; lower {flag}, which is {value} now, or use another --device"
-        ) from error
+        raise OutOfMemoryError(f"out of {place}; lower {flag} (now {value}) or use another --device") from error

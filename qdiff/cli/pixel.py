@@ -161,6 +161,13 @@ def image_shape(config: PixelConfig) -> tuple[int, int, int]:
     return config.data.channels, config.data.image_size, config.data.image_size
 
 
+def architecture(config: PixelConfig) -> dict[str, Any]:
+    """The keys of the config that decide which layers the UNet has, and their values."""
+    keys = ("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv")
+    layers = {f"model.{key}": getattr(config.model, key) for key in keys}
+    return {"data.image_size": config.data.image_size, **layers}
+
+
 def weights_path(args: argparse.Namespace, config: PixelConfig) -> Path:
     """Where the full-precision weights lie; downloads them where they have to be.
 

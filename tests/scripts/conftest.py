@@ -12,7 +12,7 @@ import yaml
 
 from ddim.config import load_config
 from ddim.unet import UNet
-from qdiff.cli import make_calibration_data
+from qdiff.cli import make_calibration_data, sample_ddim
 
 CONFIG = {
     "data": {"dataset": "CIFAR10", "image_size": 8, "channels": 3, "rescaled": True},
@@ -103,7 +103,7 @@ class Failure:
 def failing(capsys) -> Callable[..., Failure]:
     """Runs a command that must exit, and returns what it said."""
 
-    def run(*argv: object, main) -> Failure:
+    def run(*argv: object, main=sample_ddim.main) -> Failure:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             main([str(word) for word in argv])

@@ -1,0 +1,248 @@
+"""From flags to a quantized network: what the sampling commands of all families have in common."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from tqdm import tqdm
+
+from qdiff.calibrate import UnitProgress, calibrate
+from qdiff.calibration_data import CalibrationSet
+from qdiff.checkpoint import (
+    CheckpointInfo,
+    is_packed,
+    load_quantized,
+    read_info,
+    save_packed,
+    save_published,
+    size_report,
+)
+from qdiff.cli.flags import Parser
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.quant_model import QuantModel
+from qdiff.reconstruction import UnitReport
+
+PUBLISHED_NAME = "ckpt.pth"
+PACKED_NAME = "ckpt.safetensors"
+MEBIBYTE = 2**20
+
+# Flags that a checkpoint answers by itself: those of its weights, and those of its activations.
+WEIGHT_FACTS = ("weight_bit", "split")
+ACTIVATION_FACTS = ("act_bit", "a_sym", "sm_abit")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """How the network of one run is quantized.
+
+    Attributes:
+        quant: its quantizers. Those of activations are there when the checkpoint has them, used or not.
+        quant_act: whether activations are quantized while sampling.
+        calibration: how it is calibrated, where it is.
+        mode: ``qdiff``, or ``linear``: round to nearest.
+        checkpoint: where calibrated weights come from; None calibrates everything.
+        weights_only: take the weights of ``checkpoint`` and calibrate activations.
+    """
+
+    quant: QuantConfig
+    quant_act: bool
+    calibration: CalibrationConfig
+    mode: Literal["qdiff", "linear"]
+    checkpoint: Path | None = None
+    weights_only: bool = False
+
+    @property
+    def calibrates(self) -> bool:
+        return self.checkpoint is None or self.weights_only
+
+    @property
+    def standalone(self) -> bool:
+        """Whether a packed checkpoint brings all weights; calibrating needs the full-precision ones as well."""
+        return not self.calibrates and is_packed(self.checkpoint)
+
+    def continued_in(self, folder: Path) -> QuantPlan:
+        """The plan for going on in a run folder, where calibration may be over already."""
+        finished = folder / PACKED_NAME
+        if not self.calibrates or not finished.is_file():
+            return self
+        return dataclasses.replace(self, checkpoint=finished, weights_only=False)
+
+    def resolved_flags(self) -> dict[str, Any]:
+        """The quantization flags as the checkpoint answered them."""
+        flags = {name: getattr(self.quant, name) for name in (*WEIGHT_FACTS, *ACTIVATION_FACTS)}
+        return flags | {"quant_act": self.quant_act}
+
+
+def make_plan(parser: Parser, args: argparse.Namespace, architecture: dict[str, Any], **ranges: str) -> QuantPlan:
+    """Settle what the flags leave open with what the checkpoint says of itself; only its header is read.
+
+    Args:
+        architecture: ``section.key`` of the config -> value, what decides the network's layers; a checkpoint made for
+            others is refused.
+        ranges: ``weight_range`` and ``act_range``, how the family finds its first ranges.
+    """
+    quant = QuantConfig(
+        weight_bit=args.weight_bit,
+        act_bit=args.act_bit,
+        quant_act=args.quant_act,
+        a_sym=getattr(args, "a_sym", False),
+        split=args.split,
+        sm_abit=args.sm_abit,
+        **ranges,
+    )
+    path = Path(args.cali_ckpt) if args.cali_ckpt else None
+    info = read_info(path) if path is not None else None
+    if info is not None:
+        _check_architecture(parser, args.config, path, info, architecture)
+        quant = _agreed(parser, args, path, info, quant)
+    return QuantPlan(
+        quant=quant,
+        quant_act=args.quant_act,
+        calibration=calibration_config(args),
+        mode=args.quant_mode,
+        checkpoint=path,
+        weights_only=args.resume_w,
+    )
+
+
+def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
+    return CalibrationConfig(
+        iters=args.cali_iters,
+        iters_a=args.cali_iters_a,
+        batch_size=args.cali_batch_size,
+        lr=args.cali_lr,
+        p=args.cali_p,
+        running_stat=args.running_stat,
+        rs_sm_only=args.rs_sm_only,
+        seed=args.seed,
+    )
+
+
+def _agreed(
+    parser: Parser, args: argparse.Namespace, path: Path, info: CheckpointInfo, flags: QuantConfig
+) -> QuantConfig:
+    """The checkpoint's own facts, after making sure that no flag contradicts them."""
+    binding = WEIGHT_FACTS if args.resume_w else (*WEIGHT_FACTS, *ACTIVATION_FACTS)
+    for name in binding:
+        said, fact = getattr(flags, name), getattr(info.quant, name)
+        if name not in args.given or said == fact:
+            continue
+        flag = parser.flag(name)
+        if isinstance(fact, bool):
+            parser.error(f"{flag}: {path} was calibrated without {flag}; leave it out")
+        parser.error(f"{flag} {said}: {path} was calibrated with {flag} {fact}; use that, or leave the flag out")
+    if args.resume_w:
+        return dataclasses.replace(flags, **{name: getattr(info.quant, name) for name in WEIGHT_FACTS})
+    if args.quant_act and not info.quant.quant_act:
+        parser.error(
+            f"--quant_act: {path} was calibrated without activations; leave the flag out, or calibrate them with "
+            "--resume_w in place of --resume"
+        )
+    return info.quant
+
+
+def _check_architecture(parser: Parser, config: str, path: Path, info: CheckpointInfo, ours: dict[str, Any]) -> None:
+    """The checkpoint was made of the network that the config describes."""
+    for name, value in ours.items():
+        section, _, key = name.partition(".")
+        theirs = info.model_config.get(section, {}).get(key, value)
+        if theirs != value:
+            parser.error(
+                f"--config {config}: {name} is {value}, but {path} was calibrated for {theirs}; use the config it was "
+                "calibrated with"
+            )
+
+
+def quantized_model(model: nn.Module, plan: QuantPlan) -> QuantModel:
+    """Wrap a network and, where the plan names a checkpoint, load it.
+
+    Args:
+        model: with its full-precision weights, unless they come from a packed checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the network or the flags.
+    """
+    quantized = QuantModel.from_config(model, plan.quant).eval()
+    if plan.checkpoint is not None:
+        load_quantized(
+            plan.checkpoint,
+            quantized,
+            quant_act=plan.quant_act,
+            weights_only=plan.weights_only,
+            keep_full_precision=plan.calibrates,
+        )
+    return quantized
+
+
+def calibrate_and_save(
+    model: QuantModel, plan: QuantPlan, data: CalibrationSet | None, folder: Path, model_config: dict[str, Any]
+) -> None:
+    """Calibrate in place, on the device the network is on, and write the result in both forms.
+
+    Args:
+        data: None where nothing needs samples (weights rounded to nearest).
+        folder: of the run.
+        model_config: recorded in the checkpoints.
+    """
+    with UnitBar() as bar:
+        reports = calibrate(
+            model, data, plan.calibration, mode=plan.mode, weights_done=plan.weights_only, on_unit=bar.show
+        )
+    if reports:
+        logger.info("all units:\n%s", unit_table(reports))
+    info = {"model_config": model_config, "calibration": calibration_facts(plan, data)}
+    save_published(folder / PUBLISHED_NAME, model, info=info)
+    size = save_packed(folder / PACKED_NAME, model, info=info)
+    logger.info("%s: %s", folder / PACKED_NAME, size_report(model, size))
+    logger.info("%s: the same in the published format", folder / PUBLISHED_NAME)
+
+
+def calibration_facts(plan: QuantPlan, data: CalibrationSet | None) -> dict[str, Any]:
+    """What a checkpoint records of its calibration: what was done, not when or where, so that equal runs are equal."""
+    facts: dict[str, Any] = {"quant_mode": plan.mode, "weights_from_checkpoint": plan.weights_only}
+    if data is None:
+        return facts
+    return facts | dataclasses.asdict(plan.calibration) | {"samples": len(data), "steps": list(data.steps)}
+
+
+def unit_table(reports: Sequence[UnitReport]) -> str:
+    """All units of a calibration, a line each."""
+    width = max((len(report.name) for report in reports), default=4)
+    head = f"{'unit':{width}}  {'kind':9}  {'phase':11}  {'parameters':>10}  {'iterations':>10}  "
+    lines = [head + f"{'loss before':>11}  {'after':>11}  {'seconds':>8}"]
+    for r in reports:
+        lines.append(
+            f"{r.name:{width}}  {r.kind:9}  {r.phase:11}  {r.parameters:>10}  {r.iterations:>10}  "
+            f"{r.loss_before:>11.4g}  {r.loss_after:>11.4g}  {r.seconds:>8.1f}"
+        )
+    return "\n".join(lines)
+
+
+class UnitBar:
+    """Progress over units, with the loss of the latest; appears with the first."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> UnitBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, progress: UnitProgress) -> None:
+        report = progress.report
+        if self._bar is None:
+            self._bar = tqdm(total=progress.total, unit="unit", desc="calibrating")
+        self._bar.set_postfix_str(f"{report.name} {report.loss_before:.3g} → {report.loss_after:.3g}", refresh=False)
+        self._bar.update(progress.index + 1 - self._bar.n)
