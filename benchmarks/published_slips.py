@@ -23,10 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddim.config import load_config
+from ddim.config import PixelConfig, load_config
 from ddim.unet import UNet
-from qdiff import CalibrationConfig, QuantConfig, QuantModel, calibrate, load_calibration_set, primitives
+from qdiff import CalibrationConfig, QuantConfig, QuantModel, calibrate, load_calibration_set, primitives, save_packed
 from qdiff.capture import PairedCapture
+from qdiff.evaluation.features import FashionClassifier, image_statistics
+from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
+from qdiff.evaluation.sampling import sample_images
 from qdiff.evaluation.variants import HeldOutInputs
 from qdiff.quant_model import Unit
 from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
@@ -155,6 +158,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--frechet", type=int, default=0, metavar="N", help="also score N samples of the case 'ours' (100 quad steps)"
+    )
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("models/pixel/fashion_mnist"), help="classifier, statistics"
+    )
     parser.add_argument("--save", type=Path, help="folder for the checkpoint of each case")
     args = parser.parse_args()
 
@@ -193,21 +202,40 @@ def main() -> None:
             act_config = QuantConfig(4, 8, True, case.a_sym, True, act_range=case.act_range)
             qnn = with_activations(qnn, act_config)
             calibrate(qnn, data, options, weights_done=True)
+        seconds = time.perf_counter() - started
         act_error = held_out.error(qnn)
+        frechet = {}
+        if args.frechet and case.name == "ours":
+            frechet = {"frechet_w4a8": score(qnn, config, args)}
+            qnn.set_quant_state(True, False)
+            frechet["frechet_w4a32"] = score(qnn, config, args)
+            qnn.set_quant_state(True, True)
         result = {
             "case": case.name,
             "w4a32": round(weight_error.mean().item(), 5),
             "w4a8": round(act_error.mean().item(), 5),
             "last_steps_w4a32": [round(v, 4) for v in weight_error[-2:].tolist()],
             "last_steps_w4a8": [round(v, 4) for v in act_error[-2:].tolist()],
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(seconds, 1),
+            **frechet,
         }
         print(json.dumps(result), flush=True)
         if args.save:
-            from qdiff import save_packed
-
             args.save.mkdir(parents=True, exist_ok=True)
             save_packed(args.save / f"{case.name.replace(' ', '_').replace(',', '')}.safetensors", qnn)
+
+
+def score(model: nn.Module, config: PixelConfig, args: argparse.Namespace) -> float:
+    """Fréchet distance of samples from the noise that the recorded figures used: one draw on the GPU, seed 1, TF32."""
+    side = config.data.image_size
+    torch.manual_seed(1)
+    start = torch.randn(args.frechet, config.data.channels, side, side, device=args.device)
+    images = sample_images(
+        model, config, count=args.frechet, batch_size=500, device=args.device, start=start, allow_tf32=True
+    )
+    classifier = FashionClassifier.load(args.bundle / "classifier.safetensors", args.device)
+    reference = FeatureStatistics.load(args.bundle / "reference_statistics.safetensors")
+    return round(frechet_distance(image_statistics(classifier, images, "samples"), reference), 4)
 
 
 def with_activations(qnn: QuantModel, config: QuantConfig) -> QuantModel:
