@@ -43,6 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "fashion_mnist.yml")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="folder of checkpoints, classifier and statistics")
     parser.add_argument("--cali_data_path", type=Path, help="calibration set, for the ranges of linear rows")
+    parser.add_argument("--cali_st", type=int, default=20, help="steps taken from the set")
+    parser.add_argument("--cali_n", type=int, default=256, help="samples taken from each")
     parser.add_argument("--rows", nargs="*", default=[], help=f"any of {' '.join(ROWS)}, or all")
     parser.add_argument("--count", type=int, default=5000, help="images a row")
     parser.add_argument("--batch_size", type=int, default=500)
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_rows(rows: list[str], config: PixelConfig, args: argparse.Namespace) -> None:
     held_out = held_out_inputs(full_precision(config, args.device), config, device=args.device)
-    data = calibration_set(config, args.cali_data_path)
+    data = calibration_set(config, args)
     for row in rows:
         model, size = build(row, config, data, args)
         with tqdm(total=args.count, unit="image", desc=row, dynamic_ncols=True) as bar:
@@ -110,11 +112,13 @@ def full_precision(config: PixelConfig, device: str) -> nn.Module:
     return unet.to(device)
 
 
-def calibration_set(config: PixelConfig, path: Path | None) -> CalibrationSet | None:
-    if path is None:
+def calibration_set(config: PixelConfig, args: argparse.Namespace) -> CalibrationSet | None:
+    if args.cali_data_path is None:
         return None
-    size = config.data.image_size
-    return load_calibration_set(path, cali_st=20, cali_n=256, image_shape=(config.data.channels, size, size))
+    side = config.data.image_size
+    return load_calibration_set(
+        args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=(config.data.channels, side, side)
+    )
 
 
 def build(
