@@ -319,9 +319,4 @@ def save_calibration_set(path: str | Path, content: dict[str, list[Tensor]]) -> 
         OSError: the folder cannot be written to or is full; names the path.
     """
     with atomic_file(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch hides the operating system's error behind its own
-            if isinstance(error.__cause__ or error.__context__, OSError):
-                raise (error.__cause__ or error.__context__) from None
-            raise
+        torch.save(content, file)

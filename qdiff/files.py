@@ -40,8 +40,9 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
     except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise _about(path, error) from error
+        refused = _os_error_behind(error)
+        if refused is not None:
+            raise _about(path, refused) from error
         raise
 
 
@@ -49,6 +50,13 @@ def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) 
     """Write a whole file at once, as :func:`atomic_file` does."""
     with atomic_file(path, durable=durable) as file:
         file.write(content)
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """The operating system's error; ``torch.save`` raises one of its own after it, which only speaks of positions."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _about(path: Path, error: OSError) -> OSError:

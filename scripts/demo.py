@@ -74,37 +74,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     calibration_set = args.out / "calibration.pt"
-    model = ["--config", str(CONFIG)]
-    sampler = ["--timesteps", str(TIMESTEPS), "--skip_type", "quad", "--eta", "0", "--device", "cpu"]
+    config_file, data, resumed = quoted(CONFIG), quoted(calibration_set), args.out / "resumed"
+    sampler = f"--timesteps {TIMESTEPS} --skip_type quad --eta 0 --device cpu"
     say("1. A calibration set: noisy inputs along the full-precision sampler's trajectory")
     command(
         make_calibration_data.main,
-        "make_calibration_data.py",
-        [*model, "--use_pretrained", *sampler, "-n", str(SAMPLES_A_STEP), "--batch_size", str(SAMPLES_A_STEP)]
-        + ["--seed", "1", "--out", str(calibration_set), "--force"],
+        f"make_calibration_data.py --config {config_file} --use_pretrained {sampler} -n {SAMPLES_A_STEP} "
+        f"--batch_size {SAMPLES_A_STEP} --seed 1 --out {data} --force",
     )
     say(
         f"2. Calibration to 4-bit weights and 8-bit activations: {args.iters} + {args.iters_a} iterations a unit where "
         f"the paper takes 20000 + 5000, and AdaRound's rate raised from 0.001 to {ROUNDING_RATE} to make up for it"
     )
-    quant = ["--ptq", "--weight_bit", "4", "--quant_act", "--act_bit", "8", "--a_sym", "--split"]
     command(
         sample_ddim.main,
-        "sample_diffusion_ddim.py",
-        [*model, "--use_pretrained", *sampler, *quant, "--cali_data_path", str(calibration_set)]
-        + ["--cali_st", str(TIMESTEPS), "--cali_n", str(SAMPLES_A_STEP), "--cali_iters", str(args.iters)]
-        + ["--cali_iters_a", str(args.iters_a), "--cali_weight_lr", str(ROUNDING_RATE)]
-        + ["--max_images", "0", "-l", str(args.out)],
+        f"sample_diffusion_ddim.py --config {config_file} --use_pretrained {sampler} --ptq --weight_bit 4 --quant_act "
+        f"--act_bit 8 --a_sym --split --cali_data_path {data} --cali_st {TIMESTEPS} --cali_n {SAMPLES_A_STEP} "
+        f"--cali_iters {args.iters} --cali_iters_a {args.iters_a} --cali_weight_lr {ROUNDING_RATE} --max_images 0 "
+        f"-l {quoted(args.out)}",
     )
     packed = next(args.out.glob("samples/*/ckpt.safetensors"))
     say("3. Sampling from the packed checkpoint that this wrote")
-    resumed = args.out / "resumed"
     shutil.rmtree(resumed, ignore_errors=True)
     command(
         sample_ddim.main,
-        "sample_diffusion_ddim.py",
-        [*model, *sampler, "--ptq", "--quant_act", "--resume", "--cali_ckpt", str(packed), "--seed", str(SEED)]
-        + ["--max_images", str(args.images), "--batch_size", "32", "-l", str(resumed)],
+        f"sample_diffusion_ddim.py --config {config_file} {sampler} --ptq --quant_act --resume "
+        f"--cali_ckpt {quoted(packed)} --seed {SEED} --max_images {args.images} --batch_size 32 -l {quoted(resumed)}",
     )
     say("4. The same noise through full precision, plain rounding and the bundled calibration")
     config = load_config(CONFIG)
@@ -124,11 +119,15 @@ def say(text: str) -> None:
     print(f"\n== {text}\n", flush=True)
 
 
-def command(function: Callable[[list[str]], int | None], script: str, words: list[str]) -> None:
+def command(function: Callable[[list[str]], int | None], line: str) -> None:
     """Run one of the real commands, shown as it would be typed."""
-    print(f"$ python scripts/{script} {shlex.join(words)}\n", flush=True)
-    if status := function(words):
+    print(f"$ python scripts/{line}\n", flush=True)
+    if status := function(shlex.split(line)[1:]):
         raise SystemExit(status)
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def compare(config: PixelConfig, calibration_set: Path, packed: Path, resumed: Path, count: int) -> list[Row]:

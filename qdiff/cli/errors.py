@@ -43,7 +43,7 @@ def exit_on_error(program: str, *, verbose: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped; what has its final name is whole", file=sys.stderr)
+        print(f"\n{program}: stopped; finished files are whole", file=sys.stderr)
         raise SystemExit(STATUS_INTERRUPTED) from None
     except (*EXPLAINED, OSError) as error:
         if verbose:

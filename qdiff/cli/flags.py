@@ -209,6 +209,9 @@ def add_calibration_flags(parser: Parser) -> None:
         "--cali_iters_a", type=at_least(0), default=5000, metavar="N", help="steps spent on the activations of a unit"
     )
     group.add_argument(
+        "--cali_weight_lr", type=real(zero=False), default=1e-3, metavar="X", help="learning rate of AdaRound"
+    )
+    group.add_argument(
         "--cali_lr", type=real(zero=False), default=4e-4, metavar="X", help="learning rate of activation step sizes"
     )
     group.add_argument(
@@ -234,7 +237,7 @@ def add_resume_flags(parser: Parser) -> None:
     group.add_argument(
         "--cali_ckpt",
         metavar="FILE",
-        help="ckpt.pth in the published format, or a packed ckpt.safetensors, which needs no further flags",
+        help="ckpt.pth in the published format, or a packed ckpt.safetensors, which knows its own bits and flags",
     )
 
 

@@ -25,6 +25,7 @@ from qdiff.checkpoint import (
     size_report,
 )
 from qdiff.cli.flags import Parser
+from qdiff.cli.run_folder import LOG_ONLY
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
@@ -119,6 +120,7 @@ def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
         iters=args.cali_iters,
         iters_a=args.cali_iters_a,
         batch_size=args.cali_batch_size,
+        weight_lr=args.cali_weight_lr,
         lr=args.cali_lr,
         p=args.cali_p,
         running_stat=args.running_stat,
@@ -198,12 +200,17 @@ def calibrate_and_save(
             model, data, plan.calibration, mode=plan.mode, weights_done=plan.weights_only, on_unit=bar.show
         )
     if reports:
-        logger.info("all units:\n%s", unit_table(reports))
+        logger.info("all units:\n%s", unit_table(reports), extra=LOG_ONLY)
     info = {"model_config": model_config, "calibration": calibration_facts(plan, data)}
     save_published(folder / PUBLISHED_NAME, model, info=info)
     size = save_packed(folder / PACKED_NAME, model, info=info)
     logger.info("%s: %s", folder / PACKED_NAME, size_report(model, size))
     logger.info("%s: the same in the published format", folder / PUBLISHED_NAME)
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """About what both checkpoints take: weights and rounding variables in fp32, and at most a byte a weight packed."""
+    return 9 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def calibration_facts(plan: QuantPlan, data: CalibrationSet | None) -> dict[str, Any]:
@@ -216,14 +223,12 @@ def calibration_facts(plan: QuantPlan, data: CalibrationSet | None) -> dict[str,
 
 def unit_table(reports: Sequence[UnitReport]) -> str:
     """All units of a calibration, a line each."""
-    width = max((len(report.name) for report in reports), default=4)
-    head = f"{'unit':{width}}  {'kind':9}  {'phase':11}  {'parameters':>10}  {'iterations':>10}  "
-    lines = [head + f"{'loss before':>11}  {'after':>11}  {'seconds':>8}"]
+    names, kinds = (max(len(getattr(r, field)) for r in reports) for field in ("name", "kind"))
+    layout = f"{{:{names}}}  {{:{kinds}}}  {{:11}}  {{:>10}}  {{:>10}}  {{:>11}}  {{:>10}}  {{:>7}}"
+    lines = [layout.format("unit", "kind", "phase", "parameters", "iterations", "loss before", "loss after", "seconds")]
     for r in reports:
-        lines.append(
-            f"{r.name:{width}}  {r.kind:9}  {r.phase:11}  {r.parameters:>10}  {r.iterations:>10}  "
-            f"{r.loss_before:>11.4g}  {r.loss_after:>11.4g}  {r.seconds:>8.1f}"
-        )
+        losses = (f"{loss:.4g}" for loss in (r.loss_before, r.loss_after))
+        lines.append(layout.format(r.name, r.kind, r.phase, r.parameters, r.iterations, *losses, f"{r.seconds:.1f}"))
     return "\n".join(lines)
 
 

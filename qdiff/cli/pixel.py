@@ -203,7 +203,7 @@ def load_full_precision(args: argparse.Namespace, config: PixelConfig) -> UNet:
 
 def image_bar(total: int, done: int = 0) -> tqdm:
     """Progress in images; it moves on within a batch too, by fractions of them."""
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     return tqdm(total=total, initial=done, unit=" images", desc="sampling", bar_format=layout, smoothing=0.05)
 
 

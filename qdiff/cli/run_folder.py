@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,10 @@ FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose")
 GRID_IMAGES = 64
 GRID_COLUMNS = 8
 
-logger = logging.getLogger("qdiff")
+LOG_ONLY = {"log_only": True}
+"""As ``extra=`` of a log message: too long for the terminal."""
+
+logger = logging.getLogger("qdiff")  # all below it are heard
 
 
 class RunFolder:
@@ -115,7 +119,7 @@ class RunFolder:
     def logging(self, argv: Sequence[str], *, verbose: bool = False) -> Iterator[None]:
         """Copy what is logged under ``qdiff`` to ``run.log`` and the terminal. A new log starts with how to go on."""
         file = _LogFile(self.path / LOG_NAME)
-        terminal = _Terminal()
+        terminal = _Terminal(verbose)
         before = logger.level, logger.propagate
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
         logger.propagate = False  # printed here, not once more by a root handler
@@ -127,12 +131,30 @@ class RunFolder:
             else:
                 logger.info("continuing the run in %s", self.path)
             yield
+        except KeyboardInterrupt:
+            logger.info("stopped; continue this run with: %s", continue_command(argv, self.path))
+            raise
         finally:
             for handler in (file, terminal):
                 logger.removeHandler(handler)
                 handler.close()
             logger.setLevel(before[0])
             logger.propagate = before[1]
+
+
+def check_room(logdir: str | Path, needed: int) -> None:
+    """Refuse to start long work whose result would not fit on the disk.
+
+    Args:
+        needed: bytes, roughly.
+    """
+    place = next(p for p in (Path(logdir).absolute(), *Path(logdir).absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{place}: {free / 2**20:.0f} MiB are free, and the checkpoints need about {needed / 2**20:.0f} MiB; "
+            "make room, or give -l another place"
+        )
 
 
 def continue_command(argv: Sequence[str], folder: Path) -> str:
@@ -241,7 +263,17 @@ class _FirstLinePlain(logging.Formatter):
 
 
 class _Terminal(logging.Handler):
-    """Prints without tearing a progress bar apart."""
+    """Prints without tearing a progress bar apart: what the command itself says, and warnings from anywhere.
+
+    What a bar shows already, as the loss of each unit, goes to the file alone unless everything is wanted.
+    """
+
+    def __init__(self, everything: bool):
+        super().__init__()
+        self._everything = everything
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
+        own = record.name.startswith("qdiff.cli") or record.name == "qdiff"
+        brief = own and not getattr(record, "log_only", False)
+        if self._everything or brief or record.levelno >= logging.WARNING:
+            tqdm.write(self.format(record))

@@ -28,7 +28,7 @@ from qdiff.cli.flags import (
     needs_calibration_set,
     resolve_device,
 )
-from qdiff.cli.pipeline import QuantPlan, calibrate_and_save, make_plan, quantized_model
+from qdiff.cli.pipeline import QuantPlan, calibrate_and_save, checkpoint_bytes, make_plan, quantized_model
 from qdiff.cli.pixel import (
     PixelSampler,
     SamplerOptions,
@@ -42,7 +42,7 @@ from qdiff.cli.pixel import (
     load_full_precision,
     with_bar,
 )
-from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.run_folder import RunFolder, check_room
 
 PROGRAM = "sample_diffusion_ddim.py"
 DESCRIPTION = (
@@ -52,15 +52,16 @@ DESCRIPTION = (
 EXAMPLES = """\
 examples:
   full precision
-    python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --use_pretrained --timesteps 100
-        --skip_type quad --max_images 64 -l runs
+    python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --use_pretrained \\
+        --timesteps 100 --skip_type quad --max_images 64
   calibrate to 4-bit weights and 8-bit activations, then sample
-    python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --use_pretrained --timesteps 100
-        --skip_type quad --max_images 64 --ptq --weight_bit 4 --quant_act --a_sym --split --cali_st 20 --cali_n 256
-        --cali_data_path cali.pt -l runs
+    python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --use_pretrained \\
+        --timesteps 100 --skip_type quad --max_images 64 --ptq --weight_bit 4 --quant_act --a_sym --split \\
+        --cali_st 20 --cali_n 256 --cali_data_path cali.pt
   from the packed checkpoint that this wrote
-    python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --timesteps 100 --skip_type quad
-        --max_images 64 --ptq --quant_act --resume --cali_ckpt runs/samples/<date>/ckpt.safetensors -l runs
+    python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml \\
+        --timesteps 100 --skip_type quad --max_images 64 --ptq --quant_act \\
+        --resume --cali_ckpt runs/samples/<date>/ckpt.safetensors
 """
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig, command: 
     data = calibration_samples(args, config) if plan is not None and plan.calibrates else None
 
     model = build_model(args, config, plan)
+    if plan is not None and plan.calibrates:
+        check_room(args.logdir, checkpoint_bytes(model))
     folder = folder or RunFolder.create(args.logdir, options)
     folder.tidy()
     with folder.logging(command, verbose=args.verbose):
@@ -163,18 +166,16 @@ def sample_images(
 ) -> None:
     """Make the images that are missing, and the grid."""
     missing = folder.missing_images(args.max_images)
+    done = args.max_images - len(missing)
     batch_size = args.batch_size or config.sampling.batch_size
     if folder.continued and missing:
-        logger.info(
-            "%d of %d images are there; going on at %06d", args.max_images - len(missing), args.max_images, missing[0]
-        )
-    with (
-        lower_on_out_of_memory("--batch_size", batch_size),
-        image_bar(args.max_images, done=args.max_images - len(missing)) as bar,
-    ):
+        logger.info("%d of %d images are there; going on at %06d", done, args.max_images, missing[0])
+    with lower_on_out_of_memory("--batch_size", batch_size), image_bar(args.max_images, done) as bar:
         sample = with_bar(sampler, model, bar)
         for indices in batches(missing, batch_size):
             folder.save_images(indices, to_images(sample(indices), config.data))
+            done += len(indices)
+            bar.update(done - bar.n)  # the exact number, after fractions of it
     grid = folder.save_grid(args.max_images)
     if grid is not None:
         logger.info("%d images in %s, the first of them in %s", args.max_images, folder.images, grid)

@@ -97,19 +97,33 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 
 def test_log_starts_with_how_to_continue(tmp_path, capsys):
     folder = RunFolder.create(tmp_path, OPTIONS)
-    logger = logging.getLogger("qdiff.something")
+    logger = logging.getLogger("qdiff.cli.something")
     with folder.logging(["scripts/x.py", "-l", "with space", "--seed", "1"]):
         logger.info("hello")
         logger.debug("hidden")
+        logger.info("long", extra=run_folder.LOG_ONLY)
+        logging.getLogger("qdiff.elsewhere").info("shown by a bar")
     logger.info("afterwards")
-    first, second = (folder.path / "run.log").read_text().splitlines()
+    first, second, *others = (folder.path / "run.log").read_text().splitlines()
     assert first.startswith(f"run folder {folder.path}; ")
     assert first.endswith(f"python scripts/x.py --seed 1 -l {folder.path}")
     assert second.endswith("hello")
-    assert "hello" in capsys.readouterr().out
+    assert len(others) == 2
+    printed = capsys.readouterr().out
+    assert "hello" in printed
+    assert "long" not in printed
+    assert "bar" not in printed
     with RunFolder.find(folder.path, OPTIONS).logging(["x"], verbose=True):
         logger.debug("shown")
-    assert len((folder.path / "run.log").read_text().splitlines()) == 4
+    assert len((folder.path / "run.log").read_text().splitlines()) == 6
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
+    folder = RunFolder.create(tmp_path, OPTIONS)
+    with pytest.raises(SystemExit) as caught, exit_on_error("p"), folder.logging(["scripts/x.py"]):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert f"stopped; continue this run with: python scripts/x.py -l {folder.path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["-l", "a b"], ["--logdir", "a"], ["--logdir=a"], ["-la"], []])

@@ -124,8 +124,9 @@ def test_packed_checkpoint_describes_itself(miniature, calibrated, tmp_path):
         assert recorded[name] == original[name]
 
 
-def test_activations_anew_on_calibrated_weights(miniature, calibrated, tmp_path):
-    source = ["--resume_w", "--cali_ckpt", str(calibrated / "ckpt.safetensors")]
+@pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
+def test_activations_anew_on_calibrated_weights(miniature, calibrated, tmp_path, name):
+    source = ["--resume_w", "--cali_ckpt", str(calibrated / name)]
     flags = ["--ptq", "--quant_act", "--act_bit", "6", *source, *miniature.calibration_flags()]
     folder = sample([*miniature.flags(), *flags], tmp_path)
     log = (folder / "run.log").read_text()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from qdiff import files
 from qdiff.cli import pipeline, run_folder
 from qdiff.cli.pixel import PixelSampler
 from qdiff.cli.sample_ddim import main
@@ -230,6 +232,35 @@ def test_disk_full_while_sampling(miniature, tmp_path, failing, monkeypatch):
     assert sorted(os.listdir(folder / "img")) == ["000000.png", "000001.png"]
     main([*map(str, flags), "-l", str(folder)])
     assert len(os.listdir(folder / "img")) == 4
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("ckpt.pth", []), ("ckpt.json", ["ckpt.pth"]), ("ckpt.safetensors", ["ckpt.json", "ckpt.pth"])],
+)
+def test_disk_full_while_writing_a_checkpoint(miniature, tmp_path, failing, monkeypatch, name, before):
+    make_temporary = files.tempfile.mkstemp
+
+    def mkstemp(*, prefix, **options):
+        if prefix == f".{name}.":
+            return os.open("/dev/full", os.O_WRONLY), str(tmp_path / "never made")
+        return make_temporary(prefix=prefix, **options)
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", mkstemp)
+    flags = ["--ptq", "--max_images", 0, *miniature.calibration_flags()]
+    failure = failing(*miniature.flags(), *flags, "-l", tmp_path, main=main)
+    assert failure.status == 2
+    assert f"{name}: No space left on device; make room" in failure.message
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert sorted(path.name for path in folder.glob("*ckpt*")) == before
+
+
+def test_too_little_room_is_said_before_calibrating(refused, miniature, monkeypatch):
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    message = refused("--ptq", *miniature.calibration_flags())
+    assert "1 MiB are free" in message
+    assert "-l" in message
 
 
 @pytest.mark.parametrize(("stage", "flag"), [("sample", "--batch_size (now 4)"), ("cali", "--cali_batch_size (now 4)")])
