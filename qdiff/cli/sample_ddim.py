@@ -178,4 +178,4 @@ def sample_images(
             bar.update(done - bar.n)  # the exact number, after fractions of it
     grid = folder.save_grid(args.max_images)
     if grid is not None:
-        logger.info("%d images in %s, the first of them in %s", args.max_images, folder.images, grid)
+        logger.info("images 000000 to %06d in %s; %s shows the first", args.max_images - 1, folder.images, grid.name)
