@@ -30,25 +30,39 @@ def integer_bounds(n_bits: int, symmetric: bool) -> tuple[int, int]:
     return 0, 2**n_bits - 1
 
 
-class _RoundSTE(torch.autograd.Function):
-    """round() whose gradient is that of the identity (straight-through estimator, Bengio et al. 2013)."""
+class _FakeQuantize(torch.autograd.Function):
+    """Fake quantization with the gradients of LSQ, written out.
+
+    They must not be left to torch.clamp: what its gradient is *at* a bound differs between releases of torch, and
+    integers lie on bounds all the time (most values of a softmax map on the lower one).
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.round()
+    def forward(ctx, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+        scaled = x / delta
+        integers = scaled.round().clamp_(lo, hi)
+        ctx.save_for_backward(scaled, integers)
+        ctx.delta_shape = delta.shape
+        return integers * delta
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
-
-
-def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; gradients pass as if nothing had happened."""
-    return _RoundSTE.apply(x)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        scaled, integers = ctx.saved_tensors
+        inside = scaled.round() == integers  # the others were clamped
+        grad_x = grad_delta = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad * inside
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, integers - scaled, integers)  # of the output in δ
+            grad_delta = (grad * slope).sum_to_size(ctx.delta_shape)
+        return grad_x, grad_delta, None, None
 
 
 def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
-    """Quantize and dequantize. Differentiable in ``x`` and ``delta`` (LSQ, Esser et al. 2020, equations 1 and 2).
+    """Quantize and dequantize. Differentiable in ``x`` and ``delta`` (LSQ, Esser et al. 2020, equations 1 to 3).
+
+    Rounding passes gradients on as if nothing had happened (straight-through estimator, Bengio et al. 2013), clamping
+    stops them.
 
     Args:
         x: any shape.
@@ -57,7 +71,7 @@ def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | flo
             clamp(round(x/δ), lo - z, hi - z), one pass over memory cheaper each way.
     """
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
-        return torch.clamp(round_ste(x / delta), lo, hi) * delta
+        return _FakeQuantize.apply(x, delta, lo, hi)
     return (x / delta).round_().clamp_(lo, hi).mul_(delta)
 
 
