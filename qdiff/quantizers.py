@@ -11,6 +11,7 @@ from qdiff import primitives
 from qdiff.config import QuantizerConfig, RangeMethod
 
 RANGE_MOMENTUM = 0.95
+SMALLEST_ALPHA = 1e-6  # still negative in float16, in which rounding variables may be stored
 
 
 class UniformAffineQuantizer(nn.Module):
@@ -74,6 +75,7 @@ class UniformAffineQuantizer(nn.Module):
             lowest, highest = primitives.observed_range(x, c.channel_wise)
             grid = primitives.range_to_grid(lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
         self.set_grid(*grid)
+        self._range = None  # averages start anew
 
     @torch.no_grad()
     def update_range(self, x: Tensor) -> None:
@@ -115,10 +117,15 @@ class UniformAffineQuantizer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("delta", "zero_point"):  # a grid without a declared shape takes the one it finds
-            stored = state_dict.get(prefix + name)
-            if stored is not None and stored.shape != getattr(self, name).shape and not self.ready:
-                getattr(self, name).data = torch.empty_like(stored).to(getattr(self, name))
+        for name in ("delta", "zero_point"):
+            own, stored = getattr(self, name), state_dict.get(prefix + name)
+            if stored is None or stored.shape == own.shape:
+                continue
+            if self.config.channel_wise and own.dim() == 0:  # a grid without a declared shape takes the one it finds
+                own.data = torch.empty_like(stored).to(own)
+            elif not self.config.channel_wise and stored.numel() == own.numel() == 1:  # a number, stored with an axis
+                own.data = own.data.reshape(())
+                state_dict[prefix + name] = stored.reshape(())
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "delta" in state_dict:
             self._mark_ready()
@@ -155,7 +162,10 @@ class AdaRoundQuantizer(nn.Module):
         if weight.is_meta:
             return torch.empty_like(weight)
         scaled = weight.detach() / self.delta
-        return primitives.rounding_variable(scaled - scaled.floor())
+        alpha = primitives.rounding_variable(scaled - scaled.floor())
+        # Hard rounding starts at the nearest, ties included: round() takes them to even, alpha = 0 would mean up.
+        up = scaled.round() > scaled.floor()
+        return torch.where(up, alpha.clamp(min=0), alpha.clamp(max=-SMALLEST_ALPHA))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The quantized weight, soft or hard."""
