@@ -64,6 +64,7 @@ class QuantModel(nn.Module):
 
     Raises:
         TypeError: the class of ``model`` is not known.
+        ValueError: ``model`` is wrapped already.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class QuantModel(nn.Module):
         split: bool = False,
     ):
         super().__init__()
+        if any(isinstance(module, QuantModule) for module in model.modules()):
+            raise ValueError("this network is wrapped already; build a new one to quantize it differently")
         weight = QuantizerConfig.from_params(weight_quant_params or {"channel_wise": True})
         act = QuantizerConfig.from_params(act_quant_params or {"leaf_param": True})
         self.config = QuantConfig(
