@@ -1,0 +1,166 @@
+"""What reaches each unit and what should leave it, against hooks on runs of the whole network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdiff.calibrate import find_act_ranges
+from qdiff.capture import Frontier, PairedCapture, UnitData, choose_storage, feature_bytes
+from qdiff.config import QuantConfig
+from qdiff.quant_model import QuantModel
+
+from .conftest import noisy_inputs, with_grids
+
+SAMPLES = 7
+Record = tuple[tuple[Tensor, ...], Tensor]
+
+
+def observed(qnn: QuantModel, inputs: tuple[Tensor, ...], chunk: int, weight: bool, act: bool) -> dict[str, Record]:
+    """Inputs and output of every unit when the whole network runs, by hooks."""
+    seen: dict[str, list[Record]] = {}
+
+    def watch(path: str):
+        return lambda module, args, output: seen.setdefault(path, []).append((args, output.clone()))
+
+    handles = [unit.module.register_forward_hook(watch(unit.path)) for unit in qnn.units()]
+    with torch.no_grad(), qnn.quant_state(weight, act):
+        for part in zip(*(x.split(chunk) for x in inputs), strict=True):
+            qnn(*part)
+    for handle in handles:
+        handle.remove()
+    joined = {}
+    for path, records in seen.items():
+        arguments = tuple(torch.cat(column) for column in zip(*(args for args, _ in records), strict=True))
+        joined[path] = (arguments, torch.cat([output for _, output in records]))
+    return joined
+
+
+def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], path: str) -> None:
+    assert len(got) == len(expected), path
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b), path
+
+
+@pytest.mark.parametrize("chunk", [SAMPLES, 3, 1, 100])
+@pytest.mark.parametrize("act_quant", [False, True])
+def test_units_see_what_they_see_in_the_whole_network(chunk: int, act_quant: bool) -> None:
+    """Inputs from the quantized network, targets from full precision, for every unit, however it is chunked."""
+    qnn, inputs = with_grids(), noisy_inputs(SAMPLES)
+    expected_inputs = observed(qnn, inputs, chunk, True, act_quant)
+    expected_targets = observed(qnn, inputs, chunk, False, False)
+    different = 0
+    capture = PairedCapture(qnn, inputs, act_quant=act_quant, chunk=chunk)
+    paths = []
+    for stage in capture.stages():
+        targets = capture.targets(stage)
+        for unit in qnn.units_of(stage):
+            got = capture.inputs(unit)
+            assert_same(got, expected_inputs[unit.path][0], unit.path)
+            assert torch.equal(targets[unit.path], expected_targets[unit.path][1]), unit.path
+            different += not all(map(torch.equal, got, expected_targets[unit.path][0]))
+            paths.append(unit.path)
+    assert paths == [unit.path for unit in qnn.units()]
+    assert different == len(paths) - 2  # all but the first layers of the two ways in: time and image
+
+
+def test_inputs_follow_what_earlier_units_have_become() -> None:
+    """The second layer of the time embedding lies in the stage of the first: it sees the first as it is now."""
+    qnn, inputs = with_grids(), noisy_inputs(SAMPLES)
+    first, second = qnn.units()[:2]
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=SAMPLES)
+    stage = next(capture.stages())
+    assert first.stage == second.stage == stage
+    targets, before = capture.targets(stage), capture.inputs(second)[0]
+    first.module.learn_rounding()
+    first.module.weight_quantizer.alpha.data.neg_()
+    after = capture.inputs(second)[0]
+    assert not torch.equal(after, before)
+    assert torch.equal(after, observed(qnn, inputs, SAMPLES, True, False)[second.path][0][0])
+    assert torch.equal(capture.targets(stage)[second.path], targets[second.path])
+
+
+def test_a_changed_unit_changes_what_the_next_stages_get() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(SAMPLES)
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=3)
+    got = {}
+    for stage in capture.stages():
+        for unit in qnn.units_of(stage):
+            got[unit.path] = capture.inputs(unit)
+            for layer in unit.layers():
+                layer.learn_rounding()
+                layer.weight_quantizer.alpha.data.neg_()
+    expected = observed(qnn, inputs, 3, True, False)  # by now every unit is changed, as it was for those behind it
+    for path, arguments in got.items():
+        assert_same(arguments, expected[path][0], path)
+
+
+def test_the_networks_state_is_left_as_it_was() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(SAMPLES)
+    qnn.set_quant_state(False, True)
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=3)
+    for stage in capture.stages():
+        capture.targets(stage)
+        for unit in qnn.units_of(stage):
+            capture.inputs(unit)
+        assert {(layer.use_weight_quant, layer.use_act_quant) for layer in qnn.layers().values()} == {(False, True)}
+    assert not any(module._forward_hooks for module in qnn.modules())
+
+
+def test_nothing_captured_asks_for_gradients() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(2)
+    capture = PairedCapture(qnn, inputs, act_quant=True, chunk=2)
+    stage = next(capture.stages())
+    tensors = [*capture.targets(stage).values(), *(x for unit in qnn.units_of(stage) for x in capture.inputs(unit))]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_a_frontier_at_the_end_holds_the_output() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(SAMPLES)
+    frontier = Frontier(qnn, inputs, chunk=3, device=torch.device("cpu"), storage=torch.device("cpu"))
+    with torch.no_grad(), qnn.quant_state(True, True):
+        for stage in qnn.model.stages():
+            frontier.advance(stage)
+        expected = torch.cat([qnn(x, t) for x, t in zip(inputs[0].split(3), inputs[1].split(3), strict=True)])
+    assert torch.equal(torch.cat([flow.h for flow in frontier._flows]), expected)
+
+
+def test_observing_does_not_move_on() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(3)
+    frontier = Frontier(qnn, inputs, chunk=2, device=torch.device("cpu"), storage=torch.device("cpu"))
+    stage = qnn.model.stages()[0]
+    units = qnn.units_of(stage)
+    first, again = frontier.observe(stage, units), frontier.observe(stage, units)
+    assert first.keys() == again.keys() == {"temb.dense.0", "temb.dense.1"}
+    for path in first:
+        assert_same((*first[path][0], first[path][1]), (*again[path][0], again[path][1]), path)
+
+
+def test_activation_ranges_are_found_in_network_order() -> None:
+    """Each from the first tensor it sees, with every earlier quantizer at work: one forward pass, no hooks."""
+    qnn, inputs = with_grids(QuantConfig(4, 4, quant_act=True, split=True)), noisy_inputs(SAMPLES)
+    find_act_ranges(qnn, inputs)
+    seen = observed(qnn, inputs, SAMPLES, True, True)
+    for unit in qnn.units():
+        if unit.kind == "layer":
+            (x,) = seen[unit.path][0]
+            spread = x.max().clamp(min=0) - x.min().clamp(max=0)
+            assert unit.module.act_quantizer.delta.item() == pytest.approx(spread.item() / 15), unit.path
+
+
+def test_rows_are_those_of_every_argument() -> None:
+    data = UnitData((torch.arange(12).view(6, 2), torch.arange(6)), torch.arange(6) * 10)
+    assert len(data) == 6
+    (features, embedding), target = data.rows(torch.tensor([4, 1]))
+    assert features.tolist() == [[8, 9], [2, 3]]
+    assert embedding.tolist() == [4, 1]
+    assert target.tolist() == [40, 10]
+
+
+def test_on_the_host_features_stay_there() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(2)
+    assert choose_storage(qnn, inputs, torch.device("cpu")) == torch.device("cpu")
+    one, two = (feature_bytes(qnn, tuple(x[:n] for x in inputs)) for n in (1, 2))
+    assert two == 2 * one
+    assert one >= 3 * 4 * 32 * 8 * 8  # both networks' feature map and a unit's data
