@@ -1,0 +1,348 @@
+"""The optimisation of one unit: what it learns, what it leaves alone and what it gives back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdiff.capture import PairedCapture, UnitData
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.primitives import SMALLEST_DELTA
+from qdiff.quant_layer import QuantModule
+from qdiff.quant_model import QuantModel, Unit
+from qdiff.quantizers import AdaRoundQuantizer
+from qdiff.reconstruction import draw_batches, fixed_batch_loss, reconstruct_activations, reconstruct_weights
+
+from .conftest import noisy_inputs, with_grids
+
+BLOCK, ATTENTION = "up.0.block.0", "mid.attn_1"  # the block's shortcut is split
+COARSE = QuantConfig(weight_bit=3, act_bit=4, quant_act=True, split=True)  # there is something to learn
+FAST = CalibrationConfig(iters=60, iters_a=60, batch_size=8, weight_lr=3e-2, lr=4e-3)
+
+
+def unit_and_data(path: str, samples: int = 20, *, act_quant: bool = False) -> tuple[QuantModel, Unit, UnitData]:
+    qnn = with_grids(COARSE)
+    capture = PairedCapture(qnn, noisy_inputs(samples), act_quant=act_quant, chunk=samples)
+    for stage in capture.stages():
+        for unit in qnn.units_of(stage):
+            if unit.path == path:
+                return qnn, unit, UnitData(capture.inputs(unit), capture.targets(stage)[path])
+    raise AssertionError(path)
+
+
+def alphas(unit: Unit) -> dict[str, Tensor]:
+    return {
+        f"{index}{suffix}": getattr(layer, f"weight_quantizer{suffix}").alpha.detach().clone()
+        for index, layer in enumerate(unit.layers())
+        for suffix, _ in layer.parts()
+    }
+
+
+def steps(unit: Unit) -> list[float]:
+    return [quantizer.delta.item() for quantizer in unit.act_quantizers()]
+
+
+def changed(**values: Any) -> CalibrationConfig:
+    return dataclasses.replace(FAST, **values)
+
+
+def loss(unit: Unit, data: UnitData, p: float) -> float:
+    """On all samples, written out."""
+    with torch.no_grad():
+        difference = (unit.module(*data.inputs) - data.target).double().abs() ** p
+    return (difference.sum() / difference.numel() * difference.shape[1]).item()
+
+
+# Weights.
+
+
+@pytest.mark.parametrize("path", [BLOCK, ATTENTION, "temb.dense.0"])
+def test_learned_rounding_is_better_than_nearest(path: str) -> None:
+    _, unit, data = unit_and_data(path)
+    unit.module.set_quant_state(True, False)
+    before = loss(unit, data, 2.0)
+    report = reconstruct_weights(unit, data, FAST, seed=0)
+    assert report.loss_before == pytest.approx(before, rel=1e-4)
+    assert report.loss_after == pytest.approx(loss(unit, data, 2.0), rel=1e-4)
+    assert report.loss_after < 0.9 * report.loss_before
+
+
+def test_what_is_learned_is_used_hard() -> None:
+    _, unit, data = unit_and_data(BLOCK)
+    nearest = [layer.codes() for layer in unit.layers()]
+    reconstruct_weights(unit, data, FAST, seed=0)
+    moved = 0
+    for layer, before in zip(unit.layers(), nearest, strict=True):
+        for (quantizer, part), codes, old in zip(layer.weight_quantizers(), layer.codes(), before, strict=True):
+            assert isinstance(quantizer, AdaRoundQuantizer)
+            assert not quantizer.soft
+            scaled = part / quantizer.delta
+            hard = scaled.floor() + (quantizer.alpha >= 0) + quantizer.zero_point
+            assert torch.equal(codes, hard.clamp(0, 7).to(torch.uint8))
+            moved += (codes != old).sum().item()
+        assert layer.baked_weight is not None
+        assert torch.equal(layer.baked_weight, layer.quantized_weight())
+        assert torch.equal(layer.effective_weight(), layer.baked_weight)
+    assert moved > 0
+
+
+def test_soft_rounding_starts_at_full_precision() -> None:
+    """The loss of soft rounding, before anything is learned, is that of the weights themselves: none."""
+    _, unit, data = unit_and_data("conv_in")  # its input is not quantized, nor is anything before it
+    unit.module.set_quant_state(True, False)
+    nearest = fixed_batch_loss(unit, data, p=2.0)
+    unit.module.learn_rounding()
+    assert fixed_batch_loss(unit, data, p=2.0) == pytest.approx(nearest, rel=1e-6)
+    unit.module.weight_quantizer.soft = True
+    assert fixed_batch_loss(unit, data, p=2.0) < 0.3 * nearest  # what the ends of the grid clip is left
+
+
+def test_no_iterations_leave_round_to_nearest() -> None:
+    _, unit, data = unit_and_data(BLOCK)
+    expected = [layer.quantized_weight() for layer in unit.layers()]
+    report = reconstruct_weights(unit, data, changed(iters=0), seed=0)
+    assert report.iterations == 0
+    assert report.loss_after == report.loss_before
+    assert all(torch.equal(layer.baked_weight, w) for layer, w in zip(unit.layers(), expected, strict=True))
+
+
+def test_one_iteration_moves_by_the_rate() -> None:
+    """Adam's first step is the rate, whatever the gradient."""
+    _, unit, data = unit_and_data("conv_in")
+    start = alphas(with_learnable_rounding(unit))["0"]
+    reconstruct_weights(unit, data, changed(iters=1, weight_lr=0.01), seed=0)
+    moves = (alphas(unit)["0"] - start).abs()
+    still = moves == 0  # clipped by the grid's ends
+    assert still.float().mean() < 0.2
+    torch.testing.assert_close(moves[~still], torch.full_like(moves[~still], 0.01), rtol=0.05, atol=0)
+
+
+def with_learnable_rounding(unit: Unit) -> Unit:
+    for layer in unit.layers():
+        layer.learn_rounding()
+    return unit
+
+
+# The regulariser, alone: with inputs of zeros a layer's output does not depend on its weights.
+
+
+def without_input(data: UnitData) -> UnitData:
+    return UnitData(tuple(torch.zeros_like(x) for x in data.inputs), torch.zeros_like(data.target))
+
+
+def shortcut_alone() -> tuple[Unit, UnitData]:
+    """A split shortcut as a unit of its own."""
+    qnn, unit, data = unit_and_data(BLOCK)
+    layer = qnn.model.get_submodule(f"{BLOCK}.nin_shortcut")
+    target = torch.zeros(len(data), layer.weight.shape[0], *data.target.shape[2:])
+    return Unit(f"{BLOCK}.nin_shortcut", layer, unit.stage), UnitData(data.inputs[:1], target)
+
+
+def test_regulariser_covers_both_halves_of_a_split_layer() -> None:
+    unit, data = shortcut_alone()
+    start = alphas(with_learnable_rounding(unit))
+    reconstruct_weights(unit, without_input(data), changed(iters=5, warmup=0.0, weight_lr=0.01, beta_start=2.0), seed=0)
+    end = alphas(unit)
+    assert set(start) == {"0", "0_0"}
+    for name, alpha in start.items():
+        undecided = (alpha.abs() > 0.05) & (alpha.abs() < 2)
+        assert undecided.sum() > 20
+        assert ((end[name] - alpha)[undecided].sign() == alpha[undecided].sign()).all(), name  # away from a half
+
+
+@pytest.mark.parametrize(("warmup", "moves"), [(0.0, 10), (0.5, 6), (0.95, 1)])
+def test_regulariser_rests_during_the_warm_up(warmup: float, moves: int) -> None:
+    """Of 10 iterations, counted from 1, those from ``warmup`` on move the rounding variables, by at most the rate."""
+    unit, data = shortcut_alone()
+    start = alphas(with_learnable_rounding(unit))
+    betas: list[float] = []
+    regularizer = AdaRoundQuantizer.regularizer
+
+    def watched(self: AdaRoundQuantizer, beta: Tensor) -> Tensor:
+        betas.append(beta.item())
+        return regularizer(self, beta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaRoundQuantizer, "regularizer", watched)
+        reconstruct_weights(unit, without_input(data), changed(iters=10, warmup=warmup, weight_lr=1e-3), seed=0)
+    assert len(betas) == 2 * moves  # two halves
+    first = max(1, -(-warmup * 10 // 1))
+    expected = [20 - 18 * (i - warmup * 10) / (10 - warmup * 10) for i in range(int(first), 11)]
+    assert betas[::2] == betas[1::2] == pytest.approx(expected, abs=1e-4)
+    assert (alphas(unit)["0"] - start["0"]).abs().max() <= 1.1e-3 * moves
+
+
+def test_regulariser_decides_what_reconstruction_leaves_open() -> None:
+    unit, data = shortcut_alone()
+    config = changed(iters=150, warmup=0.0, weight_lr=0.1)
+    reconstruct_weights(unit, without_input(data), config, seed=0)
+    undecided = torch.cat([alpha.flatten().abs() < 2 for alpha in alphas(unit).values()])
+    assert undecided.float().mean() < 0.05
+
+
+# Step sizes.
+
+
+@pytest.mark.parametrize("path", [BLOCK, ATTENTION, "conv_in", "temb.dense.1"])
+def test_learned_steps_are_better_than_min_max(path: str) -> None:
+    _, unit, data = unit_and_data(path, act_quant=True)
+    unit.module.set_quant_state(True, True)
+    before = loss(unit, data, FAST.p)
+    report = reconstruct_activations(unit, data, FAST, seed=0)
+    assert report.loss_before == pytest.approx(before, rel=1e-4)
+    assert report.loss_after == pytest.approx(loss(unit, data, FAST.p), rel=1e-4)
+    assert report.loss_after < 0.995 * report.loss_before
+
+
+@pytest.mark.parametrize("path", [BLOCK, ATTENTION])
+def test_every_step_size_of_a_unit_learns_and_nothing_else(path: str) -> None:
+    qnn, unit, data = unit_and_data(path, act_quant=True)
+    before, state = steps(unit), copy.deepcopy(qnn.state_dict())
+    reconstruct_activations(unit, data, changed(iters_a=3), seed=0)
+    assert len(before) == {BLOCK: 5, ATTENTION: 8}[path]
+    assert all(a != b for a, b in zip(before, steps(unit), strict=True))
+    different = {name for name, tensor in qnn.state_dict().items() if not torch.equal(tensor, state[name])}
+    own = {id(quantizer) for quantizer in unit.act_quantizers()}
+    assert different == {f"model.{name}.delta" for name, q in qnn.act_quantizers().items() if id(q) in own}
+
+
+def test_only_the_units_rounding_learns() -> None:
+    qnn, unit, data = unit_and_data(BLOCK)
+    state = copy.deepcopy(qnn.state_dict())
+    reconstruct_weights(unit, data, changed(iters=3), seed=0)
+    after = qnn.state_dict()
+    assert not [name for name in state if not torch.equal(after[name], state[name])]
+    assert all(name.startswith(f"model.{BLOCK}.") and name.endswith(".alpha") for name in after.keys() - state.keys())
+
+
+def test_rate_of_the_steps_decays_along_a_cosine() -> None:
+    """A step size far too large shrinks at every iteration, each time by about the rate."""
+    _, unit, data = unit_and_data("conv_in", act_quant=True)
+    quantizer = unit.module.act_quantizer
+    start = 10 * quantizer.delta.item()
+    moves = []
+    for iterations in (1, 8):
+        quantizer.set_grid(torch.tensor(start), quantizer.zero_point)
+        reconstruct_activations(unit, data, changed(iters_a=iterations, lr=1e-3, batch_size=20), seed=0)
+        moves.append(start - quantizer.delta.item())
+    assert moves[0] == pytest.approx(1e-3, rel=1e-2)
+    assert moves[1] == pytest.approx(4.5e-3, rel=0.05)  # the sum of (1 + cos(k π / 8)) / 2 over k = 0 … 7
+
+
+def test_step_sizes_stay_positive() -> None:
+    _, unit, data = unit_and_data("conv_in", act_quant=True)
+    reconstruct_activations(unit, data, changed(iters_a=5, lr=100.0), seed=0)
+    assert unit.module.act_quantizer.delta.item() >= SMALLEST_DELTA
+
+
+def test_exponent_of_the_activation_loss_is_the_configs() -> None:
+    _, unit, data = unit_and_data(BLOCK, act_quant=True)
+    unit.module.set_quant_state(True, True)
+    for p in (2.0, 3.0):
+        report = reconstruct_activations(unit, data, changed(iters_a=0, p=p), seed=0)
+        assert report.loss_before == report.loss_after == pytest.approx(loss(unit, data, p), rel=1e-4)
+
+
+# What both phases share.
+
+PHASES = {"weights": (reconstruct_weights, alphas), "activations": (reconstruct_activations, steps)}
+
+
+def learn(phase: str, seed: int = 0, *, train: bool = False, **changes: Any) -> tuple[QuantModel, Unit, Any]:
+    qnn, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+    qnn.train(train)
+    function, result = PHASES[phase]
+    function(unit, data, changed(iters=4, iters_a=4, **changes), seed=seed)
+    return qnn, unit, result(unit)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a) if isinstance(a, dict) else a == b
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_seed_fixes_the_result(phase: str) -> None:
+    torch.manual_seed(1)
+    first = learn(phase)[2]
+    torch.manual_seed(2)  # must not matter
+    assert same(first, learn(phase)[2])
+    assert not same(first, learn(phase, seed=1)[2])
+    assert not same(first, learn(phase, batch_size=5)[2])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_global_randomness_is_left_alone(phase: str) -> None:
+    _, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+    before = torch.random.get_rng_state()
+    PHASES[phase][0](unit, data, changed(iters=2, iters_a=2), seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_dropout_is_off_and_the_mode_comes_back(phase: str) -> None:
+    qnn, _, in_training = learn(phase, train=True)
+    assert all(module.training for module in qnn.modules() if not isinstance(module, AdaRoundQuantizer))
+    assert same(in_training, learn(phase)[2])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_gradients_do_not_leak(phase: str) -> None:
+    qnn, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+    wanted = {name: parameter.requires_grad for name, parameter in qnn.named_parameters()}
+    assert wanted["model.conv_in.weight"]
+    PHASES[phase][0](unit, data, changed(iters=2, iters_a=2), seed=0)
+    after = {name: parameter.requires_grad for name, parameter in qnn.named_parameters()}
+    assert {name: after[name] for name in wanted} == wanted
+    assert not any(after[name] for name in after.keys() - wanted.keys())  # rounding variables
+    assert all(parameter.grad is None for parameter in qnn.parameters())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_report(phase: str) -> None:
+    _, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+    report = PHASES[phase][0](unit, data, changed(iters=3, iters_a=2), seed=0)
+    assert (report.name, report.kind, report.phase) == (BLOCK, "residual block", phase)
+    assert report.iterations == {"weights": 3, "activations": 2}[phase]
+    assert report.parameters == sum(p.numel() for m in unit.layers() for p in (m.weight, m.bias))
+    assert report.seconds > 0
+    assert all(isinstance(m, QuantModule) for m in unit.layers())
+
+
+def test_loss_is_reported_on_evenly_spaced_samples() -> None:
+    _, unit, _ = unit_and_data("temb.dense.1")
+    data = UnitData((torch.randn(640, 128),), torch.randn(640, 128))
+    chosen = torch.tensor([i * 639 // 63 for i in range(64)])
+    expected = loss(unit, UnitData((data.inputs[0][chosen],), data.target[chosen]), 2.0)
+    assert fixed_batch_loss(unit, data, p=2.0) == pytest.approx(expected, rel=1e-4)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize(("samples", "batch", "iterations"), [(10, 4, 5), (7, 3, 7), (64, 32, 6), (5, 2, 1)])
+def test_every_sample_once_an_epoch(samples: int, batch: int, iterations: int) -> None:
+    draws = draw_batches(samples, batch, iterations, seed=0)
+    assert draws.shape == (iterations, batch)
+    flat = draws.flatten()
+    for start in range(0, len(flat), samples):
+        epoch = flat[start : start + samples]
+        assert len(epoch.unique()) == len(epoch)
+        assert len(epoch) < samples or epoch.unique().tolist() == list(range(samples))
+
+
+def test_batches_depend_on_the_seed_only() -> None:
+    first = draw_batches(50, 8, 20, seed=3)
+    assert torch.equal(first, draw_batches(50, 8, 20, seed=3))
+    assert not torch.equal(first, draw_batches(50, 8, 20, seed=4))
+    assert not torch.equal(first[:6].flatten()[:40], torch.arange(40))
+    assert torch.equal(first[:5], draw_batches(50, 8, 5, seed=3))
+
+
+def test_a_batch_is_at_most_the_set() -> None:
+    assert draw_batches(3, 8, 4, seed=0).sort(1).values.tolist() == [[0, 1, 2]] * 4
+    assert draw_batches(3, 8, 0, seed=0).shape == (0, 3)
