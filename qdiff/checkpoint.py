@@ -263,6 +263,10 @@ def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool) -> None:
     state = read_state(path)
     weights = {name: tensor for name, tensor in state.items() if not _is_act_entry(name)}
     acts = {name: tensor for name, tensor in state.items() if _is_act_entry(name)}
+    if not any(".weight_quantizer." in name for name in weights):
+        raise CheckpointError(f"{path} is not a calibrated checkpoint; a full-precision one goes to --ckpt")
+    if (info := read_info(path)) is not None:
+        _check_config(path, info.quant, qnn.config, quant_act=quant_act)
     qnn.learn_rounding()
     expected = {name: tuple(tensor.shape) for name, tensor in qnn.state_dict().items() if not _is_act_entry(name)}
     _check_split(path, weights, expected)
@@ -284,11 +288,6 @@ def _check_split(path: Path, found: Iterable[str], expected: Iterable[str]) -> N
 
 def _check_architecture(path: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing and all(".weight_quantizer" in name for name in missing) and not extra:
-        raise CheckpointError(
-            f"{path} is not a calibrated checkpoint: it has no {missing[0].removeprefix(PREFIX)}; "
-            "a full-precision one goes to --ckpt"
-        )
     different = [name for name in expected if name in found and not _same_shape(found[name], expected[name])]
     if not (missing or extra or different):
         return

@@ -20,6 +20,7 @@ properties = settings(deadline=None, max_examples=50, derandomize=True)  # for @
 
 CHANNELS, SIZE = 3, 8
 DROPOUT = 0.4  # high, so that a test notices where it is on
+SMALL: dict[str, Any] = {"ch_mult": (1,), "attn_resolutions": ()}  # one level, for tests that need many networks
 
 
 @pytest.fixture(autouse=True)

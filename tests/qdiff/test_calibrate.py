@@ -18,14 +18,13 @@ from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
 
-from .conftest import calibration_set, noisy_inputs, wrapped
+from .conftest import SMALL, calibration_set, noisy_inputs, wrapped
 
 pipeline = importlib.import_module("qdiff.calibrate")  # qdiff.calibrate itself is the function of that name
 
 SAMPLES = 10
 W4A4 = QuantConfig(weight_bit=4, act_bit=4, quant_act=True, split=True)
 SHORT = CalibrationConfig(iters=2, iters_a=2, batch_size=4, range_samples=6, seed=5)
-SMALL: dict[str, Any] = {"ch_mult": (1,), "attn_resolutions": ()}  # one level, for what looks at a whole calibration
 
 
 def run(config: QuantConfig = W4A4, calibration: CalibrationConfig = SHORT, **options: Any) -> QuantModel:
