@@ -168,7 +168,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = load_config(args.config)
-    config.model.dropout = 0.1  # that of the published result
+    config.model.dropout, config.diffusion.beta_end = 0.1, 0.02  # those of the published result
     data = load_calibration_set(
         args.folder / "calibration_set.pt",
         cali_st=20,

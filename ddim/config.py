@@ -163,7 +163,9 @@ def load_config(path: str | Path) -> PixelConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {_first_line(error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: not a YAML file: {_first_line(error)}{where}") from None
     return config_from_dict(content, source=str(path))
 
 

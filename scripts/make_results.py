@@ -3,8 +3,8 @@
     python scripts/make_results.py --config configs/fashion_mnist.yml --cali_data_path cali.pt --rows linear-w4a8
 
 ``full`` is full precision, ``linear-wXaY`` rounds to nearest, ``qdiff-wXaY`` is the bundled calibrated checkpoint;
-Y = 32 leaves activations alone. Results are added to a JSON file, one entry a row; with ``--table`` that file is printed as a
-table and drawn as one picture.
+Y = 32 leaves activations alone. Results are added to a JSON file, one entry a row; with ``--table`` that file is
+printed as a table and drawn as one picture.
 """
 
 from __future__ import annotations

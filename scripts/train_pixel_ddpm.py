@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from ddim.config import ConfigError, PixelConfig, load_config
 from ddim.datasets import ArrayImages, DatasetUnavailable, open_dataset
+from ddim.pretrained import load_weights
 from ddim.schedule import alphas_cumprod, make_betas
 from ddim.transforms import to_model
 from ddim.unet import UNet
@@ -56,6 +58,7 @@ class TrainOptions:
     minutes: float | None = None
     compile: bool = False
     device: str = "cpu"
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -126,6 +129,8 @@ class Trainer:
         # Compiled code prefers channels last; eager group norm would convert back at every layer.
         self.layout = torch.channels_last if self.on_gpu and options.compile else torch.contiguous_format
         self.model = UNet.from_config(config).to(self.device, memory_format=self.layout).train()
+        if options.init is not None:
+            load_weights(options.init, self.model, "the config")
         self.params = list(self.model.parameters())
         self.average = [p.detach().clone() for p in self.params]
         self.optimizer = self._make_optimizer()
@@ -349,8 +354,19 @@ def facts(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "images": len(trainer.images),
         "parameters": sum(p.numel() for p in trainer.params),
         "final_loss": round(sum(loss for _, loss in last) / max(1, len(last)), 6),
+        "init": init_facts(trainer.options.init),
         "config": trainer.config.to_dict(),
     }
+
+
+def init_facts(path: Path | None) -> dict[str, Any] | None:
+    """How the weights were made that a run started from, as far as their file tells."""
+    if path is None:
+        return None
+    if path.suffix != ".safetensors":
+        return {"file": path.name}
+    with safe_open(path, "pt") as file:
+        return {"file": path.name, **(file.metadata() or {})}
 
 
 def save_results(folder: Path, trainer: Trainer, progress: Progress) -> None:
@@ -376,6 +392,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ema", type=float, help="decay of the averaged weights; default: model.ema_rate")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (GPU only; takes a minute)")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="weights to start from, in place of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from LOGDIR/checkpoint.pt")
     return parser
 
@@ -395,6 +412,7 @@ def main(argv: list[str] | None = None) -> None:
             minutes=args.minutes,
             compile=args.compile,
             device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            init=args.init,
         )
         checkpoint = args.logdir / "checkpoint.pt"
         if checkpoint.exists() and not args.resume:
