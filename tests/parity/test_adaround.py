@@ -12,6 +12,7 @@ from qdiff.primitives import annealed_beta, reconstruction_loss, rectified_sigmo
 from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer, dequantize_codes, integer_codes
 
 from .conftest import golden_json, golden_tensors, parameters
+from .quantized import NONE_OF_TWO
 
 RELATIVE = 1e-6
 JSON, TENSORS = "adaround.json", "adaround.safetensors"
@@ -79,7 +80,7 @@ def regularisers() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("case", "beta"), regularisers() or [pytest.param(None, None, marks=pytest.mark.skip)])
+@pytest.mark.parametrize(("case", "beta"), regularisers() or [NONE_OF_TWO])
 def test_regulariser_of_the_perturbed_rounding(case: dict[str, Any], beta: str) -> None:
     quantizer, own = learned(case, golden_tensors(TENSORS))
     quantizer.alpha += own["perturbation"]

@@ -343,6 +343,35 @@ def test_batches_depend_on_the_seed_only() -> None:
     assert torch.equal(first[:5], draw_batches(50, 8, 5, seed=3))
 
 
+def test_epochs_are_shuffled_anew() -> None:
+    first, second, third = draw_batches(40, 8, 15, seed=0).view(3, 40)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
 def test_a_batch_is_at_most_the_set() -> None:
     assert draw_batches(3, 8, 4, seed=0).sort(1).values.tolist() == [[0, 1, 2]] * 4
     assert draw_batches(3, 8, 0, seed=0).shape == (0, 3)
+
+
+# On a GPU every iteration is the replay of a CUDA graph.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("phase", PHASES)
+def test_graphs_learn_what_single_iterations_learn(phase: str) -> None:
+    """Data on the host is fed iteration by iteration, data on the device through graphs."""
+    results = []
+    for device in ("cpu", "cuda"):
+        qnn, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+        qnn.cuda()
+        report = PHASES[phase][0](unit, data.to(torch.device(device)), FAST, seed=0)
+        results.append((report.loss_after, PHASES[phase][1](unit)))
+    (eager_loss, eager), (graph_loss, graph) = results
+    assert graph_loss == pytest.approx(eager_loss, rel=0.02)
+    if phase == "activations":
+        assert graph == pytest.approx(eager, rel=0.02)
+    else:
+        agreeing = [((graph[name] >= 0) == (alpha >= 0)).float().mean() for name, alpha in eager.items()]
+        assert min(agreeing) > 0.98
