@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.primitives import SMALLEST_DELTA
+from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, Unit
 from qdiff.quantizers import AdaRoundQuantizer
@@ -238,6 +238,21 @@ def test_step_sizes_stay_positive() -> None:
     _, unit, data = unit_and_data("conv_in", act_quant=True)
     reconstruct_activations(unit, data, changed(iters_a=5, lr=100.0), seed=0)
     assert unit.module.act_quantizer.delta.item() >= SMALLEST_DELTA
+
+
+@pytest.mark.parametrize(("phase", "exponent"), [("weights", 2.0), ("activations", 3.0)])
+def test_exponent_of_what_is_minimized(phase: str, exponent: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quadratic for weights, ``p`` for activations, while learning and in the report."""
+    seen = []
+
+    def watched(prediction: Tensor, target: Tensor, p: float) -> Tensor:
+        seen.append(p)
+        return reconstruction_loss(prediction, target, p)
+
+    monkeypatch.setattr("qdiff.reconstruction.reconstruction_loss", watched)
+    _, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+    PHASES[phase][0](unit, data, changed(iters=3, iters_a=3, p=3.0), seed=0)
+    assert seen == [exponent] * 5
 
 
 def test_exponent_of_the_activation_loss_is_the_configs() -> None:
