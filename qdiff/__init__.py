@@ -4,6 +4,7 @@ from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet, get_train_samples, load_calibration_set
 from qdiff.checkpoint import CheckpointError, load_quantized, resume_cali_model, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig, QuantizerConfig
+from qdiff.published import block_reconstruction, layer_reconstruction
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
@@ -24,8 +25,10 @@ __all__ = [
     "QuantizerConfig",
     "SplitQuantModule",
     "UniformAffineQuantizer",
+    "block_reconstruction",
     "calibrate",
     "get_train_samples",
+    "layer_reconstruction",
     "load_calibration_set",
     "load_quantized",
     "reconstruct_activations",

@@ -19,7 +19,7 @@ from torch import Tensor
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.quant_model import QuantModel, Unit, evaluating
+from qdiff.quant_model import QuantModel, evaluating
 from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.reconstruction import Phase, UnitReport, reconstruct_activations, reconstruct_weights
 
@@ -173,11 +173,3 @@ def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: C
 
 def _update_range(quantizer: UniformAffineQuantizer, args: tuple[Tensor, ...]) -> None:
     quantizer.update_range(args[0])
-
-
-def unit_at(qnn: QuantModel, module: torch.nn.Module) -> Unit:
-    """The unit of a module of the wrapped UNet."""
-    for unit in qnn.units():
-        if unit.module is module:
-            return unit
-    raise ValueError(f"{type(module).__name__} is not a unit of this model")

@@ -162,3 +162,16 @@ def feature_bytes(qnn: QuantModel, sample: tuple[Tensor, ...]) -> int:
             flow.map(count)
             qnn.model.advance(stage, flow)
     return 3 * max(sizes)
+
+
+def observe_unit(
+    qnn: QuantModel, unit: Unit, inputs: tuple[Tensor, ...], batch_size: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """One unit's inputs and output over a whole set, with the network in the quantization state it is in."""
+    device = next(qnn.parameters()).device
+    frontier = Frontier(qnn, inputs, chunk=batch_size, device=device, storage=device)
+    for stage in qnn.model.stages():
+        if stage == unit.stage:
+            return frontier.observe(stage, [unit])[unit.path]
+        frontier.advance(stage)
+    raise ValueError(f"{unit.path}: its stage is not one of this network's")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff.calibrate import UnitProgress, calibrate, find_act_ranges, network_inputs, range_rows, unit_at
+from qdiff.calibrate import UnitProgress, calibrate, find_act_ranges, network_inputs, range_rows
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -304,13 +304,6 @@ def test_context_goes_to_the_network_too() -> None:
     context = torch.randn(2, 3, 4)
     assert len(network_inputs(CalibrationSet(x, t))) == 2
     assert network_inputs(CalibrationSet(x, t, context))[2] is context
-
-
-def test_unit_at_finds_the_unit_of_a_module() -> None:
-    qnn = wrapped(**SMALL)
-    assert unit_at(qnn, qnn.model.mid.attn_1).path == "mid.attn_1"
-    with pytest.raises(ValueError, match="GroupNorm is not a unit"):
-        unit_at(qnn, qnn.model.norm_out)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_resumed_model_is_the_saved_one(saved, form: str, split: bool, a_sym: bo
     load_quantized(path, fresh, quant_act=quant_act)
     assert equal(codes(fresh), codes(qnn))
     assert torch.equal(output(fresh), expected)
+    assert all(layer.baked_weight is not None for layer in fresh.layers().values())  # or every step would round anew
     assert packed_bytes(fresh, info=INFO) == packed_bytes(qnn, info=INFO)
 
 

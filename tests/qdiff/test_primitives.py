@@ -167,6 +167,7 @@ def test_observed_range_of_tensor_and_channels() -> None:
         (-1.4, 0.7, {"symmetric": True}, 0.2, 0),
         (-0.7, 1.4, {"symmetric": True}, 0.2, 0),
         (0.1, 3.0, {"symmetric": False, "always_zero": True}, 0.2, 0),
+        (-1.0, 3.0, {"symmetric": False, "always_zero": True}, 0.2, 0),
         (0.0, 0.0, {"symmetric": False}, 1e-8, 0),
     ],
 )
