@@ -47,8 +47,8 @@ RECORDED = ROOT / "docs" / "results.md"
 SEED = 7
 TIMESTEPS = 20
 SAMPLES_A_STEP = 16
-ITERATIONS, ITERATIONS_A = 100, 20
-ROUNDING_RATE = 0.02  # of AdaRound: with a two-hundredth of the iterations each has to move further (default 0.001)
+ITERATIONS, ITERATIONS_A, BATCH = 200, 40, 16
+ROUNDING_RATE = 0.02  # of AdaRound: with a hundredth of the iterations each has to move further (default 0.001)
 
 
 @dataclass
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sample_ddim.main,
         f"sample_diffusion_ddim.py --config {config_file} --use_pretrained {sampler} --ptq --weight_bit 4 --quant_act "
         f"--act_bit 8 --a_sym --split --cali_data_path {data} --cali_st {TIMESTEPS} --cali_n {SAMPLES_A_STEP} "
-        f"--cali_iters {args.iters} --cali_iters_a {args.iters_a} --cali_weight_lr {ROUNDING_RATE} --max_images 0 "
+        f"--cali_batch_size {BATCH} --cali_iters {args.iters} --cali_iters_a {args.iters_a} "
+        f"--cali_weight_lr {ROUNDING_RATE} --max_images 0 "
         f"-l {quoted(args.out)}",
     )
     packed = next(args.out.glob("samples/*/ckpt.safetensors"))
@@ -145,7 +146,7 @@ def compare(config: PixelConfig, calibration_set: Path, packed: Path, resumed: P
     rows.append(measure("round to nearest W4A8", nearest, config, held_out, len(packed_bytes(nearest)), count))
 
     demo = from_packed(packed, config)
-    images = load_image_set(resumed)
+    images = load_image_set(resumed).float() / 255
     rows.append(measure("this calibration W4A8", demo, config, held_out, packed.stat().st_size, count, images=images))
     bundled = from_packed(BUNDLED, config)
     rows.append(measure("bundled calibration W4A8", bundled, config, held_out, BUNDLED.stat().st_size, count))
