@@ -172,7 +172,7 @@ class _Loop:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(_GRAPH_WARMUP):
+            for _ in range(min(_GRAPH_WARMUP, self.iterations)):  # the tables have no more rows
                 self._iterate(regularized=bool(self.rounded))
         torch.cuda.current_stream().wait_stream(side)
         self._reset(initial)
