@@ -14,6 +14,7 @@ from ddim.noise import ImageNoise
 from ddim.samplers import EpsilonModel, ddim_sample
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.transforms import to_images
+from qdiff.quant_model import evaluating
 
 WARMUP_CALLS = 3  # before a capture: lazy allocations, cuBLAS handles, cuDNN's choice of kernels
 
@@ -67,19 +68,6 @@ def tf32(enabled: bool) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-@contextmanager
-def evaluating(model: EpsilonModel) -> Iterator[None]:
-    """Eval mode for a while; nothing for a plain function."""
-    before = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        if before:
-            model.eval()
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
 def sample_images(
     model: EpsilonModel,
     config: PixelConfig,
@@ -127,7 +115,8 @@ def sample_images(
     alpha_bar = alphas_cumprod(make_betas(config.diffusion))
     times = sampling_timesteps(config.diffusion.num_diffusion_timesteps, timesteps, skip_type)
     images = []
-    with torch.no_grad(), evaluating(model), tf32(allow_tf32):
+    networks = [model] if isinstance(model, nn.Module) else []
+    with torch.no_grad(), evaluating(*networks), tf32(allow_tf32):
         predict = model
         if use_cuda_graph or (use_cuda_graph is None and device.type == "cuda"):
             predict = _graphed(model, (min(batch_size, count), *shape), device, required=bool(use_cuda_graph))
