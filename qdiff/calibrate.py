@@ -108,11 +108,11 @@ def _reconstruct(
     capture = PairedCapture(
         qnn, network_inputs(data), act_quant=phase == "activations", chunk=min(CAPTURE_CHUNK, len(data.x))
     )
-    number = 0
+    device, number = next(qnn.parameters()).device, 0
     for stage in capture.stages():
         targets = capture.targets(stage)
         for unit in qnn.units_of(stage):
-            unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path))
+            unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path)).near(device)
             progress.add(step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, number)))
             number += 1
 

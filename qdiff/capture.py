@@ -39,7 +39,14 @@ class UnitData:
         """A batch: the given rows of inputs and target."""
         return tuple(x[index] for x in self.inputs), self.target[index]
 
-    def to(self, device: torch.device) -> UnitData:
+    def near(self, device: torch.device) -> UnitData:
+        """The same on ``device`` where it fits into the free memory of a GPU; otherwise where it is."""
+        tensors = (*self.inputs, self.target)
+        if device.type != "cuda" or all(x.device == device for x in tensors):
+            return self
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(x.numel() * x.element_size() for x in tensors) > MEMORY_SHARE * free:
+            return self
         return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device))
 
 

@@ -164,3 +164,18 @@ def test_on_the_host_features_stay_there() -> None:
     one, two = (feature_bytes(qnn, tuple(x[:n] for x in inputs)) for n in (1, 2))
     assert two == 2 * one
     assert one >= 3 * 4 * 32 * 8 * 8  # both networks' feature map and a unit's data
+
+
+def test_data_stay_where_they_are_when_a_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = UnitData((torch.zeros(4, 3),), torch.zeros(4, 5))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 8 * 4, 10**9))  # as large as the data
+    assert data.near(torch.device("cuda")) is data
+    assert data.near(torch.device("cpu")) is data
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_data_move_to_a_gpu_with_room() -> None:
+    data = UnitData((torch.ones(4, 3),), torch.zeros(4, 5)).near(torch.device("cuda"))
+    assert {data.target.device.type, data.inputs[0].device.type} == {"cuda"}
+    assert data.inputs[0].sum() == 12
