@@ -114,22 +114,25 @@ def packed_bytes(qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> b
     more than most of the tensors. The order within each is that of ``index`` in the header.
     """
     layers = qnn.layers()
-    codes, deltas, zeros, full = [], [], [], []
+    codes, deltas, zeros, biases, full = [], [], [], [], []
     index: dict[str, Any] = {"layers": [], "full": [], "act": []}
     for path, layer in layers.items():
         for (quantizer, _), part in zip(layer.weight_quantizers(), layer.codes(), strict=True):
             codes.append(pack_bits(part.cpu(), qnn.config.weight_bit))
             deltas.append(quantizer.delta.detach().cpu().float().flatten())
             zeros.append(quantizer.zero_point.detach().cpu().to(torch.int32).flatten())
-        index["layers"].append([path, list(layer.weight.shape), _cut(layer)])
-    for name, tensor in _full_precision_tensors(qnn).items():
+        if layer.bias is not None:
+            biases.append(layer.bias.detach().cpu().float())
+        index["layers"].append([path, list(layer.weight.shape), _cut(layer), layer.bias is not None])
+    for name, tensor in _other_tensors(qnn).items():
         full.append(tensor.detach().cpu().float().flatten())
         index["full"].append([name, list(tensor.shape)])
     tensors = {
         "codes": torch.cat(codes),
         "delta": torch.cat(deltas),
         "zero_point": torch.cat(zeros),
-        "full": torch.cat(full),
+        "bias": torch.cat(biases or [torch.empty(0)]),
+        "full": torch.cat(full or [torch.empty(0)]),
     }
     if qnn.config.quant_act:
         quantizers = qnn.act_quantizers()
@@ -144,8 +147,8 @@ def packed_bytes(qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> b
 
 def size_report(qnn: QuantModel, packed_size: int) -> str:
     """One line: the packed file against the same network in full precision."""
-    values = sum(layer.weight.numel() for layer in qnn.layers().values())
-    values += sum(tensor.numel() for tensor in _full_precision_tensors(qnn).values())
+    own = [tensor for layer in qnn.layers().values() for tensor in (layer.weight, layer.bias) if tensor is not None]
+    values = sum(tensor.numel() for tensor in (*own, *_other_tensors(qnn).values()))
     return (
         f"{packed_size / 2**20:.2f} MiB packed: {4 * values / packed_size:.1f} times smaller than fp32 "
         f"({4 * values / 2**20:.2f} MiB), {2 * values / packed_size:.1f} times smaller than fp16 "
@@ -363,13 +366,16 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
     index = metadata["index"]
     tensors = _read_tensors(path)
     layers = qnn.layers()
-    full = _full_precision_tensors(qnn)
-    found = {name: tuple(shape) for name, shape, _ in index["layers"]} | {n: tuple(s) for n, s in index["full"]}
+    full = _other_tensors(qnn)
+    found = {name: tuple(shape) for name, shape, *_ in index["layers"]} | {n: tuple(s) for n, s in index["full"]}
+    found |= {f"{name}.bias": (shape[0],) for name, shape, _, bias in index["layers"] if bias}
     expected = {path: tuple(layer.weight.shape) for path, layer in layers.items()}
+    expected |= {f"{path}.bias": tuple(layer.bias.shape) for path, layer in layers.items() if layer.bias is not None}
     _check_architecture(path, found, expected | {name: tuple(tensor.shape) for name, tensor in full.items()})
 
-    codes, deltas, zeros, values = (_Cursor(tensors[name]) for name in ("codes", "delta", "zero_point", "full"))
-    for name, shape, cut in index["layers"]:
+    names = ("codes", "delta", "zero_point", "bias", "full")
+    codes, deltas, zeros, biases, values = (_Cursor(tensors[name]) for name in names)
+    for name, shape, cut, has_bias in index["layers"]:
         parts = [
             _read_part(codes, deltas, zeros, part_shape, info.quant.weight_bit) for part_shape in _parts(shape, cut)
         ]
@@ -377,6 +383,8 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
             layers[name].load_codes(parts, keep_full_precision=keep_full_precision)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name}: {error}; give the --ckpt it was calibrated from") from None
+        if has_bias:
+            layers[name].bias.data.copy_(biases.take(shape[0]))
     for name, shape in index["full"]:
         full[name].data.copy_(values.take(math.prod(shape)).view(shape))
     if quant_act:
@@ -433,9 +441,9 @@ def _cut(layer: QuantModule) -> int:
     return layer.split_channels if isinstance(layer, SplitQuantModule) else 0
 
 
-def _full_precision_tensors(qnn: QuantModel) -> dict[str, Tensor]:
-    """Everything that no quantizer touches: biases, norms, buffers. Names as in the UNet."""
-    skipped = {f"{path}.weight" for path in qnn.layers()}
+def _other_tensors(qnn: QuantModel) -> dict[str, Tensor]:
+    """Everything that belongs to no quantized layer: norms, buffers. Names as in the UNet."""
+    skipped = {f"{path}.{name}" for path in qnn.layers() for name in ("weight", "bias")}
     for path, module in qnn.model.named_modules():
         if isinstance(module, UniformAffineQuantizer) or path.rpartition(".")[2].startswith("weight_quantizer"):
             skipped |= {f"{path}.{name}" for name in ("delta", "zero_point", "alpha")}
