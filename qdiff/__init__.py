@@ -10,8 +10,7 @@ from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
 from qdiff.reconstruction import reconstruct_activations, reconstruct_weights
-
-__version__ = "0.1.0"
+from qdiff.version import __version__
 
 __all__ = [
     "AdaRoundQuantizer",
@@ -25,6 +24,7 @@ __all__ = [
     "QuantizerConfig",
     "SplitQuantModule",
     "UniformAffineQuantizer",
+    "__version__",
     "block_reconstruction",
     "calibrate",
     "get_train_samples",

@@ -31,6 +31,7 @@ from qdiff.files import atomic_file, write_atomically
 from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
+from qdiff.version import __version__
 
 FORMAT = "qdiff-packed"
 FORMAT_VERSION = 1
@@ -62,9 +63,7 @@ class CheckpointInfo:
 
 
 def software_versions() -> dict[str, str]:
-    import qdiff
-
-    return {"qdiff": qdiff.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"qdiff": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def is_packed(path: str | Path) -> bool:

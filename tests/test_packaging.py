@@ -20,6 +20,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from qdiff.version import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
@@ -67,7 +69,7 @@ def test_constraints_pin_torch_inside_the_supported_ranges(python: str) -> None:
 
 def test_changelog_begins_with_the_current_version() -> None:
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    assert headings[0] == PROJECT["version"]
+    assert headings[0] == __version__
 
 
 # ---- README ------------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith(f"qdiff-{PROJECT['version']}-py3-none-any")
+    assert wheel.name.startswith(f"qdiff-{__version__}-py3-none-any")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(p.relative_to(source)) for package in PACKAGES for p in (source / package).rglob("*.py")}
     assert packed == expected
