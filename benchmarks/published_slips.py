@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from ddim.config import PixelConfig, load_config
 from ddim.unet import UNet
-from qdiff import CalibrationConfig, QuantConfig, QuantModel, calibrate, load_calibration_set, primitives, save_packed
+from qdiff import (
+    CalibrationConfig,
+    QuantConfig,
+    QuantModel,
+    calibrate,
+    load_calibration_set,
+    load_quantized,
+    primitives,
+    save_packed,
+)
 from qdiff.capture import PairedCapture
 from qdiff.evaluation.features import FashionClassifier, image_statistics
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -125,6 +134,26 @@ def running_statistics_of_layers_only() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def gradients_of_clamp() -> Iterator[None]:
+    """Step sizes learn through torch.clamp, whatever its gradient at a bound is in this release."""
+
+    class RoundStraightThrough(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad
+
+    def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+        return torch.clamp(RoundStraightThrough.apply(x / delta), lo, hi) * delta
+
+    with mock.patch("qdiff.primitives.fake_quantize", fake_quantize):
+        yield
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -140,6 +169,7 @@ CASES = (
     Case("second phase fed from full precision", full_precision_inputs),
     Case("asymmetric, ours", contextlib.nullcontext, a_sym=False),
     Case("asymmetric, positive ranges without zero", positive_ranges_without_zero, a_sym=False),
+    Case("asymmetric, gradients of torch.clamp", gradients_of_clamp, a_sym=False),
     Case("symmetric with error search, ours", contextlib.nullcontext, act_range="mse"),
     Case("symmetric with error search on the asymmetric grid", asymmetric_search_for_symmetric, act_range="mse"),
     Case("running statistics, ours", contextlib.nullcontext, running_stat=True),
@@ -156,6 +186,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=1000)
     parser.add_argument("--iters_a", type=int, default=250)
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--weights", type=Path, help="calibrated 4-bit checkpoint; no case calibrates weights then")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -193,7 +224,10 @@ def main() -> None:
                 unet = UNet.from_config(config).eval()
                 unet.load_state_dict(weights)
                 qnn = QuantModel.from_config(unet.to(args.device), weight_config)
-                calibrate(qnn, data, options)
+                if args.weights is None:
+                    calibrate(qnn, data, options)
+                else:
+                    load_quantized(args.weights, qnn, quant_act=False)
                 if case.shares_weights:
                     shared = qnn
             else:
