@@ -16,21 +16,12 @@ from pathlib import Path
 import torch
 
 from ddim.config import load_config
-from ddim.pretrained import checkpoint_path, load_weights
-from ddim.unet import UNet
-from qdiff.checkpoint import load_quantized, read_info
+from qdiff.evaluation.variants import from_packed, full_precision
 from qdiff.primitives import search_grid
-from qdiff.quant_model import QuantModel
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "fashion_mnist.yml"
 CHECKPOINT = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8.safetensors"
-
-
-def resumed(quant_act: bool) -> QuantModel:
-    model = QuantModel.from_config(UNet.from_config(load_config(CONFIG)).eval(), read_info(CHECKPOINT).quant)
-    load_quantized(CHECKPOINT, model, quant_act=quant_act)
-    return model
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -49,9 +40,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     config = load_config(CONFIG)
-    full = UNet.from_config(config).eval()
-    load_weights(checkpoint_path(config), full)
-    models = {"full precision": full, "W4A32": resumed(False), "W4A8": resumed(True)}
+    models = {
+        "full precision": full_precision(config),
+        "W4A32": from_packed(CHECKPOINT, config, quant_act=False),
+        "W4A8": from_packed(CHECKPOINT, config),
+    }
     x = torch.randn(args.batch_size, config.data.channels, config.data.image_size, config.data.image_size)
     t = torch.full((args.batch_size,), 400.0)
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -68,7 +61,7 @@ def main() -> None:
     weight = torch.randn(320, 320, 3, 3)
     searches = [seconds(lambda: search_grid(weight, 4, symmetric=False, channel_wise=True)) for _ in range(3)]
     print(f"range search, 320x320x3x3, 4 bits: {min(searches):.2f} s (first call {searches[0]:.2f} s)")
-    print(f"loading and resuming the bundled checkpoint: {seconds(lambda: resumed(True)):.2f} s")
+    print(f"loading and resuming the bundled checkpoint: {seconds(lambda: from_packed(CHECKPOINT, config)):.2f} s")
 
 
 if __name__ == "__main__":

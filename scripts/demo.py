@@ -20,11 +20,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ddim.config import PixelConfig, load_config
-from ddim.pretrained import checkpoint_path, load_weights
-from ddim.unet import UNet
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import load_calibration_set
-from qdiff.checkpoint import load_quantized, packed_bytes, read_info
+from qdiff.checkpoint import packed_bytes, read_info
 from qdiff.cli import make_calibration_data, sample_ddim
 from qdiff.config import CalibrationConfig
 from qdiff.evaluation.image_metrics import psnr
@@ -33,6 +31,8 @@ from qdiff.evaluation.sampling import sample_images
 from qdiff.evaluation.variants import (
     HeldOutInputs,
     comparison_picture,
+    from_packed,
+    full_precision,
     held_out_inputs,
     markdown_table,
     seconds_per_step,
@@ -151,18 +151,6 @@ def compare(config: PixelConfig, calibration_set: Path, packed: Path, resumed: P
     bundled = from_packed(BUNDLED, config)
     rows.append(measure("bundled calibration W4A8", bundled, config, held_out, BUNDLED.stat().st_size, count))
     return rows
-
-
-def full_precision(config: PixelConfig) -> nn.Module:
-    unet = UNet.from_config(config).eval()
-    load_weights(checkpoint_path(config), unet)
-    return unet
-
-
-def from_packed(path: Path, config: PixelConfig) -> QuantModel:
-    model = QuantModel.from_config(UNet.from_config(config).eval(), read_info(path).quant)
-    load_quantized(path, model, quant_act=True)
-    return model
 
 
 def measure(

@@ -20,16 +20,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddim.config import PixelConfig, load_config
-from ddim.pretrained import checkpoint_path, load_weights
-from ddim.unet import UNet
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet, load_calibration_set
-from qdiff.checkpoint import load_quantized, packed_bytes, read_info
+from qdiff.checkpoint import packed_bytes
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.evaluation.features import FashionClassifier, image_statistics
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.sampling import sample_images
-from qdiff.evaluation.variants import comparison_picture, held_out_inputs, markdown_table, seconds_per_step
+from qdiff.evaluation.variants import (
+    comparison_picture,
+    from_packed,
+    full_precision,
+    held_out_inputs,
+    markdown_table,
+    seconds_per_step,
+)
 from qdiff.quant_model import QuantModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_rows(rows: list[str], config: PixelConfig, args: argparse.Namespace) -> None:
-    held_out = held_out_inputs(full_precision(config, args.device), config, device=args.device)
+    held_out = held_out_inputs(full_precision(config).to(args.device), config, device=args.device)
     data = calibration_set(config, args)
     for row in rows:
         model, size = build(row, config, data, args)
@@ -106,12 +111,6 @@ def measure_rows(rows: list[str], config: PixelConfig, args: argparse.Namespace)
         record(args.results, row, entry, images)
 
 
-def full_precision(config: PixelConfig, device: str) -> nn.Module:
-    unet = UNet.from_config(config).eval()
-    load_weights(checkpoint_path(config), unet)
-    return unet.to(device)
-
-
 def calibration_set(config: PixelConfig, args: argparse.Namespace) -> CalibrationSet | None:
     if args.cali_data_path is None:
         return None
@@ -126,17 +125,16 @@ def build(
 ) -> tuple[nn.Module, int]:
     """The network of a row, and the bytes it takes on disk (in full precision: fp32)."""
     if row == "full":
-        model = full_precision(config, args.device)
+        model = full_precision(config).to(args.device)
         return model, 4 * sum(p.numel() for p in model.parameters())
     mode, weight_bit, act_bit = re.fullmatch(r"(\w+)-w(\d+)a(\d+)", row).groups()
     quant_act = act_bit != "32"
     if mode == "qdiff":
         path = args.bundle / f"w{weight_bit}a8.safetensors"
-        model = QuantModel.from_config(UNet.from_config(config).eval(), read_info(path).quant)
-        load_quantized(path, model, quant_act=quant_act)
+        model = from_packed(path, config, quant_act=quant_act)
         return model.to(args.device), path.stat().st_size
     quant = QuantConfig(int(weight_bit), 8, quant_act=quant_act, a_sym=True, split=True)
-    model = QuantModel.from_config(full_precision(config, args.device), quant)
+    model = QuantModel.from_config(full_precision(config).to(args.device), quant)
     calibrate(model, data, CalibrationConfig(), mode="linear")
     return model, len(packed_bytes(model))
 

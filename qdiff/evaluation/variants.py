@@ -13,12 +13,29 @@ from torch import Tensor, nn
 
 from ddim.config import PixelConfig
 from ddim.noise import ImageNoise
+from ddim.pretrained import checkpoint_path, load_weights
 from ddim.samplers import ddim_sample, timestep_batch
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from ddim.unet import UNet
+from qdiff.checkpoint import load_quantized, read_info
 from qdiff.evaluation.image_metrics import output_error
-from qdiff.quant_model import evaluating
+from qdiff.quant_model import QuantModel, evaluating
 
 HELD_OUT_SEED = 987_654_321  # of starting noise that no calibration command draws by default
+
+
+def full_precision(config: PixelConfig) -> UNet:
+    """The network of a config with its published or bundled weights, on the CPU."""
+    unet = UNet.from_config(config).eval()
+    load_weights(checkpoint_path(config), unet)
+    return unet
+
+
+def from_packed(path: Path, config: PixelConfig, *, quant_act: bool = True) -> QuantModel:
+    """The quantized network of a packed checkpoint, which needs no full-precision weights, on the CPU."""
+    model = QuantModel.from_config(UNet.from_config(config).eval(), read_info(path).quant)
+    load_quantized(path, model, quant_act=quant_act)
+    return model
 
 
 @dataclass(frozen=True)
