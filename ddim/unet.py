@@ -97,11 +97,15 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.activated(self.norm1, x))
         h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(self.activated(self.norm2, h)))
         shortcut = x if self.in_channels == self.out_channels else self.nin_shortcut(x)
         return shortcut + h  # N, out_channels, H, W
+
+    def activated(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """SiLU of the normalised feature."""
+        return F.silu(norm(x))
 
 
 class AttnBlock(nn.Module):
@@ -115,10 +119,13 @@ class AttnBlock(nn.Module):
             setattr(self, name, nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        h = self.normalised(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # N, C, P
         h = self.attend(q, k, v).unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k / sqrt(C)) v, each N x C x P."""
@@ -172,6 +179,14 @@ class Flow:
         """A new flow of ``fn`` applied to every tensor (to move, to copy, to measure)."""
         temb = None if self.temb is None else fn(self.temb)
         return Flow(fn(self.h), fn(self.t), temb, [fn(skip) for skip in self.skips])
+
+    def for_stage(self, stage: Stage, fn: Callable[[Tensor], Tensor]) -> Flow:
+        """A new flow in which ``fn`` was applied to what the stage takes, and only to that."""
+        skips = list(self.skips)
+        if stage.joins:
+            skips[-1] = fn(skips[-1])
+        temb = fn(self.temb) if stage.timed and self.temb is not None else self.temb
+        return Flow(fn(self.h), fn(self.t), temb, skips)
 
 
 class UNet(nn.Module):

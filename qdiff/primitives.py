@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from qdiff import fused
+
 # Rectified sigmoid of AdaRound (Nagel et al. 2020, equation 23).
 ZETA, GAMMA = 1.1, -0.1
 
@@ -70,6 +72,8 @@ def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | flo
         lo, hi: the grid's bounds **less the zero point**: clamp(round(x/δ) + z, lo, hi) - z is the same integer as
             clamp(round(x/δ), lo - z, hi - z), one pass over memory cheaper each way.
     """
+    if fused.can_fake_quantize(x, delta, lo) and not torch.compiler.is_compiling():
+        return fused.fake_quantize(x, delta, lo, hi)
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
         return _FakeQuantize.apply(x, delta, lo, hi)
     return (x / delta).round_().clamp_(lo, hi).mul_(delta)
@@ -187,3 +191,14 @@ def annealed_beta(iteration: int, iterations: int, *, start: float, end: float, 
 def reconstruction_loss(prediction: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
     """|difference|^p summed over axis 1 (channels), mean over all other axes (BRECQ, Li et al. 2021)."""
     return (prediction - target).abs().pow(p).sum(dim=1).mean()
+
+
+def reconstruction_slope(prediction: Tensor, target: Tensor, p: float = 2.0) -> tuple[Tensor, Tensor]:
+    """:func:`reconstruction_loss` and its gradient in the prediction, written out."""
+    difference = prediction - target
+    scale = prediction.shape[1] / prediction.numel()
+    if p == 2:
+        return difference.square().sum() * scale, difference.mul_(2 * scale)
+    size = difference.abs()
+    power = size.pow(p - 1)
+    return torch.dot(power.flatten(), size.flatten()) * scale, power.copysign_(difference).mul_(p * scale)

@@ -95,6 +95,7 @@ class QuantModel(nn.Module):
         self.model = model
         self._wrap_layers(weight, act)
         self._wrap_blocks()
+        self.to(next(model.parameters()).device)  # the quantizers too
         self.train(model.training)
 
     @classmethod

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ddim.unet import AttnBlock, ResnetBlock
+from qdiff import fused
 from qdiff.adapters import Adapter
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
@@ -17,6 +19,9 @@ class QuantResnetBlock(BaseQuantBlock, ResnetBlock):
     """A residual block: only its layers are quantized."""
 
     kind = "residual block"
+
+    def activated(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        return fused.group_norm(norm, x, silu=True)
 
 
 class QuantAttnBlock(BaseQuantBlock, AttnBlock):
@@ -32,7 +37,12 @@ class QuantAttnBlock(BaseQuantBlock, AttnBlock):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.use_act_quant:
             q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
+        if q.stride(1) == 1:  # channels last: the transposed product comes out channels last too
+            return torch.bmm(self.softmax_map(q, k), v.transpose(1, 2)).transpose(1, 2)
         return super().attend(q, k, v)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return fused.group_norm(self.norm, x, silu=False)
 
     def softmax_map(self, q: Tensor, k: Tensor) -> Tensor:
         weights = super().softmax_map(q, k)

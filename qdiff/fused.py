@@ -1,0 +1,162 @@
+"""CUDA kernels for what is repeated ten thousands of times: each does in one launch what PyTorch does in many.
+
+A unit's optimisation is a small, fixed computation; on a GPU most of its time goes into launching kernels and into
+reading and writing the same feature maps. These kernels, written in Triton, serve any shape and are compiled once,
+not once a unit. Nothing here is needed for a correct result: the plain PyTorch beside every call does the same, and
+:func:`enabled` says which of the two runs.
+
+Feature maps are channels-last in memory (N, H, W, C): what tensor cores read, and what lets C be the fast axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly: how they are tested there
+_state = {"on": True}
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels can run on a device at all."""
+    return (device.type == "cuda" or _INTERPRETED) and _triton_there()
+
+
+@functools.cache
+def _triton_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def enabled(device: torch.device) -> bool:
+    """Whether kernels are to run on a device now."""
+    return _state["on"] and available(device)
+
+
+@contextlib.contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """No kernel of this module runs inside the ``with`` block."""
+    before = _state["on"]
+    _state["on"] = False
+    try:
+        yield
+    finally:
+        _state["on"] = before
+
+
+def rows_view(x: Tensor) -> Tensor:
+    """N x ... -> N x L: a tensor's rows as they lie in memory, channels last for feature maps.
+
+    Copies only where the tensor has another layout.
+    """
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return x.reshape(len(x), -1)
+
+
+def from_rows(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`rows_view`: N x L -> N x ``shape``, a view."""
+    if len(shape) == 3:
+        channels, height, width = shape
+        return rows.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
+    return rows.view(len(rows), *shape)
+
+
+class _FusedFakeQuantize(torch.autograd.Function):
+    """:func:`qdiff.primitives.fake_quantize` with one grid for all values, or one for each row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+        from qdiff import triton_kernels
+
+        dense = _dense(x)
+        ctx.save_for_backward(dense, delta, *(b for b in (lo, hi) if isinstance(b, Tensor)))
+        ctx.bounds = None if isinstance(lo, Tensor) else (lo, hi)
+        return triton_kernels.fake_quantize(dense, delta, lo, hi)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        from qdiff import triton_kernels
+
+        x, delta, *bounds = ctx.saved_tensors
+        lo, hi = ctx.bounds or bounds
+        grad_x, grad_delta = triton_kernels.fake_quantize_backward(
+            _like(grad, x), x, delta, lo, hi, needs_x=ctx.needs_input_grad[0]
+        )
+        return grad_x, grad_delta, None, None
+
+
+def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    """As :func:`qdiff.primitives.fake_quantize`; arithmetic in float32 whatever the type of ``x``."""
+    return _FusedFakeQuantize.apply(x, delta, lo, hi)
+
+
+def can_fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float) -> bool:
+    """Whether the kernel serves this call: one grid for everything, or one for each row of ``x``."""
+    if not enabled(x.device) or x.numel() == 0:
+        return False
+    if delta.dim() == 0:
+        return not isinstance(lo, Tensor)
+    per_row = delta.dim() == x.dim() and delta.shape[0] == x.shape[0] and delta.numel() == x.shape[0]
+    return per_row and isinstance(lo, Tensor) and lo.shape == delta.shape
+
+
+class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+        from qdiff import triton_kernels
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        out, mean, rstd = triton_kernels.group_norm(x, groups, weight, bias, eps, silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.options = groups, silu
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from qdiff import triton_kernels
+
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        groups, silu = ctx.options
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = triton_kernels.group_norm_backward(grad, x, groups, weight, bias, mean, rstd, silu)
+        return grad_x, None, None, None, None, None
+
+
+def group_norm(norm: torch.nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+    """Group normalisation of N x C x H x W, followed by SiLU where asked for.
+
+    The kernel has no gradient for scale and shift, so it serves only where they ask for none.
+    """
+    frozen = not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
+    if x.dim() == 4 and frozen and enabled(x.device) and not torch.compiler.is_compiling():
+        return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+    out = norm(x)
+    return torch.nn.functional.silu(out) if silu else out
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Rows one after the other without gaps, in whatever order of axes they have."""
+    if x.is_contiguous() or _channels_last(x):
+        return x
+    if x.dim() == 4 and x.stride(1) == 1:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
+
+
+def _channels_last(x: Tensor) -> bool:
+    """N x C x ... without gaps, C the fastest axis."""
+    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the memory layout of ``x``."""
+    if grad.stride() == x.stride():
+        return grad
+    out = torch.empty_like(x, dtype=grad.dtype)
+    return out.copy_(grad)

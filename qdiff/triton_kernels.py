@@ -1,0 +1,517 @@
+"""The Triton sources behind :mod:`qdiff.fused`, and thin launchers. Imported only where a kernel is to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ELEMENTS = 1024  # of a flat tensor that one program works on
+_NORM_WHOLE = 1024  # of one group's values that are normalised by one program
+_NORM_TILE = 4096  # of a feature map's values that one program works on otherwise
+
+# Rounds to the nearest integer, ties to even, for |x| < 2^22; larger values only get clamped afterwards.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _rounded(x):
+    return (x + _ROUND) - _ROUND
+
+
+# Fake quantization.
+
+
+@triton.jit
+def _fake_quantize_kernel(x, delta, lo_rows, hi_rows, out, n, row, lo, hi, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    if PER_ROW:
+        r = at // row
+        d = tl.load(delta + r, mask=mask, other=1.0)
+        low, high = tl.load(lo_rows + r, mask=mask, other=0.0), tl.load(hi_rows + r, mask=mask, other=0.0)
+    else:
+        d = tl.load(delta) + tl.zeros([BLOCK], tl.float32)
+        low, high = lo, hi
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    q = tl.minimum(tl.maximum(_rounded(tl.div_rn(v, d)), low), high)
+    tl.store(out + at, (q * d).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fake_quantize_backward_kernel(
+    grad, x, delta, lo_rows, hi_rows, grad_x, partial, n, row, lo, hi,
+    PER_ROW: tl.constexpr, NEEDS_X: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program a block of one row (or of the whole tensor), so that every partial sum belongs to one step size.
+    r = tl.program_id(1).to(tl.int64)
+    within = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = within < row
+    at = r * row + within
+    if PER_ROW:
+        d, low, high = tl.load(delta + r), tl.load(lo_rows + r), tl.load(hi_rows + r)
+    else:
+        d, low, high = tl.load(delta), lo, hi
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    scaled = tl.div_rn(v, d + tl.zeros([BLOCK], tl.float32))
+    nearest = _rounded(scaled)
+    integer = tl.minimum(tl.maximum(nearest, low), high)
+    inside = nearest == integer
+    slope = tl.where(inside, integer - scaled, integer)
+    tl.store(partial + r * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(mask, g * slope, 0.0)))
+    if NEEDS_X:
+        tl.store(grad_x + at, tl.where(inside, g, 0.0).to(grad_x.dtype.element_ty), mask=mask)
+
+
+def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    """``x`` dense; ``delta`` 0-dim with numbers as bounds, or one value a row with tensors as bounds."""
+    out = torch.empty_like(x)
+    n, per_row = x.numel(), delta.dim() > 0
+    rows = (lo.contiguous(), hi.contiguous(), 0.0, 0.0) if per_row else (x, x, float(lo), float(hi))
+    _fake_quantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
+        x, delta.contiguous(), rows[0], rows[1], out, n, n // len(x) if per_row else n, rows[2], rows[3],
+        PER_ROW=per_row, BLOCK=_ELEMENTS,
+    )  # fmt: skip
+    return out
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients in ``x`` (None where not needed) and in ``delta``, in its shape. Sums have a fixed order."""
+    n, per_row = x.numel(), delta.dim() > 0
+    rows = len(x) if per_row else 1
+    bounds = (lo.contiguous(), hi.contiguous(), 0.0, 0.0) if per_row else (x, x, float(lo), float(hi))
+    length = n // rows
+    block = _ELEMENTS if per_row else _ELEMENTS * 2
+    blocks = triton.cdiv(length, block)
+    grad_x = torch.empty_like(x) if needs_x else grad
+    partial = torch.empty(rows, blocks, device=x.device)
+    _fake_quantize_backward_kernel[(blocks, rows)](
+        grad, x, delta.contiguous(), bounds[0], bounds[1], grad_x, partial, n, length, bounds[2], bounds[3],
+        PER_ROW=per_row, NEEDS_X=needs_x, BLOCK=block,
+    )  # fmt: skip
+    return (grad_x if needs_x else None), partial.sum(1).view(delta.shape)
+
+
+# Group normalisation and SiLU, of channels-last N x positions x channels. Where a sample has few positions, one program
+# normalises one group of it. Otherwise rows of all channels are read as they lie in memory: sums a tile, then sums a
+# group, then the result. Means and squares of tiles are merged as Chan et al. (1979) do, without cancellation.
+
+
+@triton.jit
+def _silu_slope(y):
+    s = tl.sigmoid(y)
+    return s * (1.0 + y * (1.0 - s))
+
+
+@triton.jit
+def _group_norm_kernel(
+    x, weight, bias, out, means, rstds, positions, channels, groups, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    n, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    size = channels // groups
+    c, p = tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    mask_c = c < size
+    mask = (p < positions)[:, None] & mask_c[None, :]
+    at = n * positions * channels + g * size + p[:, None] * channels + c[None, :]
+    count = (positions * size).to(tl.float32)
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(v) / count
+    centred = tl.where(mask, v - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / count + eps)
+    tl.store(means + n * groups + g, mean)
+    tl.store(rstds + n * groups + g, rstd)
+    scale = tl.load(weight + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
+    offset = tl.load(bias + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
+    y = centred * rstd * scale[None, :] + offset[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _group_norm_backward_kernel(
+    grad, x, weight, bias, means, rstds, out, positions, channels, groups,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    n, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    size = channels // groups
+    c, p = tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    mask_c = c < size
+    mask = (p < positions)[:, None] & mask_c[None, :]
+    at = n * positions * channels + g * size + p[:, None] * channels + c[None, :]
+    mean, rstd = tl.load(means + n * groups + g), tl.load(rstds + n * groups + g)
+    scale = tl.load(weight + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
+    offset = tl.load(bias + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
+    normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        d = d * _silu_slope(normal * scale[None, :] + offset[None, :])
+    d = tl.where(mask, d * scale[None, :], 0.0)
+    count = (positions * size).to(tl.float32)
+    total, along = tl.sum(d) / count, tl.sum(d * normal) / count
+    tl.store(out + at, ((d - total - normal * along) * rstd).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_sums_kernel(x, firsts, seconds, positions, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # Mean and sum of squared differences of one tile, channel by channel.
+    n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tile * ROWS + tl.arange(0, ROWS)
+    mask = (p < positions)[:, None] & (c < channels)[None, :]
+    v = tl.load(x + (n * positions + p[:, None]) * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(v, 0) / tl.minimum(ROWS, positions - tile * ROWS)
+    centred = tl.where(mask, v - mean[None, :], 0.0)
+    at = (n * tl.num_programs(1) + tile) * channels + c
+    tl.store(firsts + at, mean, mask=c < channels)
+    tl.store(seconds + at, tl.sum(centred * centred, 0), mask=c < channels)
+
+
+@triton.jit
+def _tile_gradients_kernel(
+    grad, x, weight, bias, means, rstds, firsts, seconds, positions, channels, groups,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    # Sums of a tile's gradients of the normalised values, plain and times those values, channel by channel.
+    n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tile * ROWS + tl.arange(0, ROWS)
+    mask_c = c < channels
+    mask = (p < positions)[:, None] & mask_c[None, :]
+    g = n * groups + c // (channels // groups)
+    mean, rstd = tl.load(means + g, mask=mask_c, other=0.0), tl.load(rstds + g, mask=mask_c, other=0.0)
+    scale = tl.load(weight + c, mask=mask_c, other=0.0).to(tl.float32)
+    offset = tl.load(bias + c, mask=mask_c, other=0.0).to(tl.float32)
+    at = (n * positions + p[:, None]) * channels + c[None, :]
+    normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        d = d * _silu_slope(normal * scale[None, :] + offset[None, :])
+    d = tl.where(mask, d * scale[None, :], 0.0)
+    out = (n * tl.num_programs(1) + tile) * channels + c
+    tl.store(firsts + out, tl.sum(d, 0), mask=mask_c)
+    tl.store(seconds + out, tl.sum(d * normal, 0), mask=mask_c)
+
+
+@triton.jit
+def _group_sums_kernel(
+    firsts, seconds, out_first, out_second, positions, channels, groups, tiles, rows, eps,
+    TILES: tl.constexpr, WIDTH: tl.constexpr, MOMENTS: tl.constexpr,
+):  # fmt: skip
+    # Of one group of one sample: mean and 1/std from the tiles' moments, or the means of the tiles' two sums.
+    n, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    size = channels // groups
+    t, c = tl.arange(0, TILES), tl.arange(0, WIDTH)
+    mask = (t < tiles)[:, None] & (c < size)[None, :]
+    at = (n * tiles + t[:, None]) * channels + g * size + c[None, :]
+    first, second = tl.load(firsts + at, mask=mask, other=0.0), tl.load(seconds + at, mask=mask, other=0.0)
+    count = (positions * size).to(tl.float32)
+    if MOMENTS:
+        each = tl.where(mask, tl.minimum(rows, positions - t * rows)[:, None], 0).to(tl.float32)
+        mean = tl.sum(first * each) / count
+        shift = first - mean
+        square = tl.sum(second + each * shift * shift)
+        tl.store(out_first + n * groups + g, mean)
+        tl.store(out_second + n * groups + g, 1.0 / tl.sqrt(square / count + eps))
+    else:
+        tl.store(out_first + n * groups + g, tl.sum(first) / count)
+        tl.store(out_second + n * groups + g, tl.sum(second) / count)
+
+
+@triton.jit
+def _normalise_kernel(
+    x, weight, bias, means, rstds, out, positions, channels, groups,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tile * ROWS + tl.arange(0, ROWS)
+    mask_c = c < channels
+    mask = (p < positions)[:, None] & mask_c[None, :]
+    g = n * groups + c // (channels // groups)
+    mean, rstd = tl.load(means + g, mask=mask_c, other=0.0), tl.load(rstds + g, mask=mask_c, other=0.0)
+    scale = tl.load(weight + c, mask=mask_c, other=0.0).to(tl.float32)
+    offset = tl.load(bias + c, mask=mask_c, other=0.0).to(tl.float32)
+    at = (n * positions + p[:, None]) * channels + c[None, :]
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    y = (v - mean[None, :]) * rstd[None, :] * scale[None, :] + offset[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalise_backward_kernel(
+    grad, x, weight, bias, means, rstds, totals, alongs, out, positions, channels, groups,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tile * ROWS + tl.arange(0, ROWS)
+    mask_c = c < channels
+    mask = (p < positions)[:, None] & mask_c[None, :]
+    g = n * groups + c // (channels // groups)
+    mean, rstd = tl.load(means + g, mask=mask_c, other=0.0), tl.load(rstds + g, mask=mask_c, other=0.0)
+    total, along = tl.load(totals + g, mask=mask_c, other=0.0), tl.load(alongs + g, mask=mask_c, other=0.0)
+    scale = tl.load(weight + c, mask=mask_c, other=0.0).to(tl.float32)
+    offset = tl.load(bias + c, mask=mask_c, other=0.0).to(tl.float32)
+    at = (n * positions + p[:, None]) * channels + c[None, :]
+    normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        d = d * _silu_slope(normal * scale[None, :] + offset[None, :])
+    d = d * scale[None, :] - total[None, :] - normal * along[None, :]
+    tl.store(out + at, (d * rstd[None, :]).to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class _NormPlan:
+    """How a feature map is cut for normalising.
+
+    Attributes:
+        whole: a group of one sample at once; its tile is ``rows`` x ``width``.
+        tiles: of ``rows`` positions and ``width`` channels otherwise; ``blocks`` of channels.
+    """
+
+    n: int
+    positions: int
+    channels: int
+    groups: int
+
+    @property
+    def size(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def whole(self) -> bool:
+        return triton.next_power_of_2(self.positions) * triton.next_power_of_2(self.size) <= _NORM_WHOLE
+
+    @property
+    def group_tile(self) -> dict[str, int]:
+        width, rows = triton.next_power_of_2(self.size), triton.next_power_of_2(self.positions)
+        return {"WIDTH": width, "ROWS": rows, "num_warps": max(1, min(8, rows * width // 256))}
+
+    @property
+    def width(self) -> int:
+        return min(128, triton.next_power_of_2(self.channels))
+
+    @property
+    def rows(self) -> int:
+        return _NORM_TILE // self.width
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.positions, self.rows)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.n, self.tiles, triton.cdiv(self.channels, self.width)
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "WIDTH": self.width, "num_warps": 4}
+
+    @property
+    def sums_tile(self) -> dict[str, int]:
+        tiles, width = triton.next_power_of_2(self.tiles), triton.next_power_of_2(self.size)
+        return {"TILES": tiles, "WIDTH": width, "num_warps": max(1, min(8, tiles * width // 128))}
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Channels-last N x C x H x W -> the result, and mean and 1/std, N x groups float32."""
+    n, channels, height, width = x.shape
+    plan = _NormPlan(n, height * width, channels, groups)
+    sizes = (plan.positions, channels, groups)
+    out = torch.empty_like(x)
+    mean, rstd = torch.empty(2, n, groups, device=x.device)
+    if plan.whole:
+        _group_norm_kernel[(n, groups)](x, weight, bias, out, mean, rstd, *sizes, eps, SILU=silu, **plan.group_tile)
+        return out, mean, rstd
+    first, second = torch.empty(2, n, plan.tiles, channels, device=x.device)
+    _tile_sums_kernel[plan.grid](x, first, second, plan.positions, channels, **plan.tile)
+    _group_sums_kernel[(n, groups)](
+        first, second, mean, rstd, *sizes, plan.tiles, plan.rows, eps, MOMENTS=True, **plan.sums_tile
+    )
+    _normalise_kernel[plan.grid](x, weight, bias, mean, rstd, out, *sizes, SILU=silu, **plan.tile)
+    return out, mean, rstd
+
+
+def group_norm_backward(
+    grad: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
+) -> Tensor:
+    """Gradient in ``x`` of what :func:`group_norm` computed; scale and shift have none."""
+    n, channels, height, width = x.shape
+    plan = _NormPlan(n, height * width, channels, groups)
+    sizes = (plan.positions, channels, groups)
+    out = torch.empty_like(x)
+    if plan.whole:
+        _group_norm_backward_kernel[(n, groups)](
+            grad, x, weight, bias, mean, rstd, out, *sizes, SILU=silu, **plan.group_tile
+        )
+        return out
+    first, second = torch.empty(2, n, plan.tiles, channels, device=x.device)
+    _tile_gradients_kernel[plan.grid](grad, x, weight, bias, mean, rstd, first, second, *sizes, SILU=silu, **plan.tile)
+    total, along = torch.empty(2, n, groups, device=x.device)
+    _group_sums_kernel[(n, groups)](
+        first, second, total, along, *sizes, plan.tiles, plan.rows, 0.0, MOMENTS=False, **plan.sums_tile
+    )
+    _normalise_backward_kernel[plan.grid](
+        grad, x, weight, bias, mean, rstd, total, along, out, *sizes, SILU=silu, **plan.tile
+    )
+    return out
+
+
+# What an iteration does around the unit's own forward and backward pass. ``counter`` is the iteration, on the device.
+
+
+@triton.jit
+def _gather_kernel(source, draws, counter, out, batch, row, BLOCK: tl.constexpr):
+    b = tl.program_id(1)
+    which = tl.load(draws + tl.load(counter) * batch + b)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < row
+    v = tl.load(source + which * row + at, mask=mask)
+    tl.store(out + b.to(tl.int64) * row + at, v.to(out.dtype.element_ty), mask=mask)
+
+
+def gather_rows(source: Tensor, draws: Tensor, counter: Tensor, out: Tensor) -> None:
+    """out[b] = source[draws[counter, b]]: rows of M x L into batch x L, converted to the type of ``out``."""
+    batch, row = out.shape
+    block = min(4096, triton.next_power_of_2(row))
+    _gather_kernel[(triton.cdiv(row, block), batch)](source, draws, counter, out, batch, row, BLOCK=block)
+
+
+@triton.jit
+def _loss_kernel(
+    prediction, target, draws, counter, grad, losses, batch, row, scale, p, SQUARE: tl.constexpr, BLOCK: tl.constexpr
+):
+    b = tl.program_id(1)
+    iteration = tl.load(counter)
+    which = tl.load(draws + iteration * batch + b)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < row
+    out_at = b.to(tl.int64) * row + at
+    d = tl.load(prediction + out_at, mask=mask, other=0.0).to(tl.float32)
+    d = d - tl.load(target + which * row + at, mask=mask, other=0.0).to(tl.float32)
+    if SQUARE:
+        value, slope = d * d, 2.0 * d
+    else:
+        size = tl.abs(d)
+        power = tl.where(size > 0, tl.exp2((p - 1.0) * tl.log2(tl.maximum(size, 1e-30))), 0.0)
+        value, slope = power * size, tl.where(d < 0, -p, p) * power
+    tl.store(grad + out_at, (slope * scale).to(grad.dtype.element_ty), mask=mask)
+    tl.atomic_add(losses + iteration, tl.sum(value) * scale)  # only shown and watched: the order does not matter
+
+
+def loss_gradient(
+    prediction: Tensor, target: Tensor, draws: Tensor, counter: Tensor, losses: Tensor, *, scale: float, p: float
+) -> Tensor:
+    """Gradient of scale · Σ |prediction - target[draws[counter]]|^p in the prediction; the sum goes to losses[counter].
+
+    Args:
+        prediction: batch x L, dense rows.
+        target: M x L, in the same order within a row.
+    """
+    batch, row = prediction.shape
+    grad = torch.empty_like(prediction)
+    block = min(4096, triton.next_power_of_2(row))
+    _loss_kernel[(triton.cdiv(row, block), batch)](
+        prediction, target, draws, counter, grad, losses, batch, row, scale, p, SQUARE=p == 2.0, BLOCK=block
+    )
+    return grad
+
+
+@triton.jit
+def _rounding_step_kernel(
+    alpha, mean, square, floor, grad, weight, delta, lo, hi, tables, counter, n, row, inputs, cut, eps,
+    HALVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    grid = at // row
+    if HALVES == 2:
+        grid = grid * 2 + ((at % inputs) >= cut).to(tl.int64)
+    d = tl.load(delta + grid, mask=mask, other=1.0)
+    low, high = tl.load(lo + grid, mask=mask, other=0.0), tl.load(hi + grid, mask=mask, other=0.0)
+    iteration = tl.load(counter) * 4
+    rate, correction = tl.load(tables + iteration), tl.load(tables + iteration + 1)
+    beta, pull = tl.load(tables + iteration + 2), tl.load(tables + iteration + 3)
+
+    a = tl.load(alpha + at, mask=mask, other=0.0)
+    base = tl.load(floor + at, mask=mask, other=0.0)
+    s = tl.sigmoid(a)
+    stretched = s * 1.2 - 0.1
+    h = tl.minimum(tl.maximum(stretched, 0.0), 1.0)
+    soft = base + h
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * d
+    g = tl.where((soft >= low) & (soft <= high), g, 0.0)
+    if pull > 0:
+        u = 2.0 * h - 1.0
+        size = tl.abs(u)
+        power = tl.where(size > 0, tl.exp2((beta - 1.0) * tl.log2(tl.maximum(size, 1e-30))), 0.0)
+        g += tl.where(u < 0, 2.0, -2.0) * pull * beta * power
+    g = tl.where((stretched >= 0.0) & (stretched <= 1.0), g * 1.2 * s * (1.0 - s), 0.0)
+
+    m = tl.load(mean + at, mask=mask, other=0.0)
+    v = tl.load(square + at, mask=mask, other=0.0)
+    m = m + (g - m) * 0.1
+    v = v + (g * g - v) * 0.001
+    a = a - rate * m / (tl.sqrt(v) * correction + eps)
+    tl.store(mean + at, m, mask=mask)
+    tl.store(square + at, v, mask=mask)
+    tl.store(alpha + at, a, mask=mask)
+    h = tl.minimum(tl.maximum(tl.sigmoid(a) * 1.2 - 0.1, 0.0), 1.0)
+    w = tl.minimum(tl.maximum(base + h, low), high) * d
+    tl.store(weight + at, w.to(weight.dtype.element_ty), mask=mask)
+
+
+def rounding_step(
+    alpha: Tensor, mean: Tensor, square: Tensor, floor: Tensor, grad: Tensor, weight: Tensor,
+    delta: Tensor, lo: Tensor, hi: Tensor, tables: Tensor, counter: Tensor,
+    *, row: int, inputs: int, cut: int, eps: float,
+) -> None:  # fmt: skip
+    """One step of AdaRound's gradient, its regulariser and Adam, and the soft weight that comes of it, in place.
+
+    Args:
+        alpha, mean, square, floor, grad, weight: of n values, in one order in memory.
+        delta, lo, hi: of each output channel, or channels x 2 where the weight is cut.
+        tables: iterations x 4: rate over Adam's first bias correction, one over the root of its second, the
+            regulariser's exponent, its weight.
+        row: values an output channel; inputs: the fastest axis of a cut weight, cut at ``cut``.
+    """
+    n = alpha.numel()
+    _rounding_step_kernel[(triton.cdiv(n, _ELEMENTS),)](
+        alpha, mean, square, floor, grad, weight, delta, lo, hi, tables, counter, n, row, inputs, cut, eps,
+        HALVES=2 if cut else 1, BLOCK=_ELEMENTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _adam_kernel(value, grad, mean, square, tables, counter, n, eps, floor, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    iteration = tl.load(counter) * 4
+    rate, correction = tl.load(tables + iteration), tl.load(tables + iteration + 1)
+    g = tl.load(grad + at, mask=mask, other=0.0)
+    m, v = tl.load(mean + at, mask=mask, other=0.0), tl.load(square + at, mask=mask, other=0.0)
+    m = m + (g - m) * 0.1
+    v = v + (g * g - v) * 0.001
+    x = tl.load(value + at, mask=mask, other=1.0) - rate * m / (tl.sqrt(v) * correction + eps)
+    tl.store(mean + at, m, mask=mask)
+    tl.store(square + at, v, mask=mask)
+    tl.store(value + at, tl.maximum(x, floor), mask=mask)
+
+
+def adam_step(
+    value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, tables: Tensor, counter: Tensor,
+    *, eps: float, floor: float,
+) -> None:  # fmt: skip
+    """One step of Adam on a short vector, kept above ``floor``, in place. ``tables`` as in :func:`rounding_step`."""
+    n = value.numel()
+    block = min(1024, triton.next_power_of_2(n))
+    _adam_kernel[(triton.cdiv(n, block),)](value, grad, mean, square, tables, counter, n, eps, floor, BLOCK=block)

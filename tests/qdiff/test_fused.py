@@ -1,0 +1,174 @@
+"""The Triton kernels against the PyTorch they stand for: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qdiff import fused, primitives
+from qdiff.config import CalibrationConfig
+from qdiff.quantizers import UniformAffineQuantizer
+from qdiff.reconstruction import reconstruct_activations, reconstruct_weights
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+needs_kernels = pytest.mark.skipif(not fused.available(DEVICE), reason="run by test_kernels_in_the_interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the other tests here run the kernels")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_in_the_interpreter() -> None:
+    """The rest of this file in a process of its own: Triton decides how kernels run when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+def feature(*shape: int, channels_last: bool = True) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+
+
+def gradients(function, x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """Output and gradients in x and the parameters, for one fixed gradient of the output."""
+    leaves = [leaf.detach().clone().requires_grad_(True) for leaf in (x, *parameters)]
+    out = function(*leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def assert_equal(fast: list[Tensor], plain: list[Tensor]) -> None:
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "x", [feature(3, 8, 5, 7), feature(3, 8, 5, 7, channels_last=False), feature(5, 37)], ids="abc"
+)
+@pytest.mark.parametrize("bounds", [(-8.0, 7.0), (-3.0, 12.0), (2.0, 17.0)])
+def test_fake_quantize(x: Tensor, bounds: tuple[float, float]) -> None:
+    delta = torch.tensor(0.13, device=DEVICE)
+    fast = gradients(lambda x, d: primitives.fake_quantize(x, d, *bounds), x, delta)
+    with fused.plain_pytorch():
+        plain = gradients(lambda x, d: primitives.fake_quantize(x, d, *bounds), x, delta)
+    assert torch.equal(fast[0], plain[0])
+    assert_equal(fast, plain)
+
+
+@needs_kernels
+def test_fake_quantize_with_a_grid_for_each_row() -> None:
+    x = feature(4, 8, 5, 3)
+    delta = torch.tensor([0.1, 0.2, 0.05, 0.4], device=DEVICE).view(4, 1, 1, 1)
+    lo = torch.tensor([-8.0, 0.0, -3.0, 4.0], device=DEVICE).view(4, 1, 1, 1)
+    assert fused.can_fake_quantize(x, delta, lo)
+    fast = gradients(lambda x, d: primitives.fake_quantize(x, d, lo, lo + 15), x, delta)
+    with fused.plain_pytorch():
+        plain = gradients(lambda x, d: primitives.fake_quantize(x, d, lo, lo + 15), x, delta)
+    assert torch.equal(fast[0], plain[0])
+    assert_equal(fast, plain)
+
+
+@needs_kernels
+def test_quantizers_use_the_kernel_and_take_slices() -> None:
+    """A slice of a channels-last feature, as a split shortcut quantizes it, has gaps in memory."""
+    quantizer = UniformAffineQuantizer(4, symmetric=True, leaf_param=True).to(DEVICE)
+    x = feature(2, 12, 4, 4)
+    quantizer.find_grid(x)
+    for part in (x[:, :5], x[:, 5:], x.flatten(2), x.flatten(2).transpose(1, 2)):
+        with fused.plain_pytorch():
+            expected = quantizer(part)
+        assert torch.equal(quantizer(part), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("channels", "groups", "size"), [(8, 4, (5, 7)), (24, 2, (9, 6)), (32, 32, (4, 4))])
+@pytest.mark.parametrize("whole", [True, False])
+def test_group_norm(
+    channels: int, groups: int, size: tuple[int, int], silu: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far from zero mean, whole groups or tiles that do not divide the feature."""
+    from qdiff import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_NORM_WHOLE", 10**6 if whole else 1)
+    monkeypatch.setattr(triton_kernels, "_NORM_TILE", 64)
+    norm = nn.GroupNorm(groups, channels, eps=1e-6).to(DEVICE).requires_grad_(False)
+    norm.weight.normal_(generator=None)
+    norm.bias.normal_(generator=None)
+    x = feature(3, channels, *size) * 2 + 5
+    fast = gradients(lambda x: fused.group_norm(norm, x, silu=silu), x)
+    with fused.plain_pytorch():
+        plain = gradients(lambda x: fused.group_norm(norm, x, silu=silu), x)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
+def test_norms_that_learn_are_left_to_autograd() -> None:
+    norm = nn.GroupNorm(2, 8).to(DEVICE)
+    out = fused.group_norm(norm, feature(2, 8, 3, 3), silu=True)
+    assert torch.autograd.grad(out.sum(), norm.weight)[0].abs().sum() > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("p", [2.0, 2.4])
+def test_batches_and_their_loss(p: float) -> None:
+    from qdiff import triton_kernels
+
+    source, target = feature(9, 6, 4, 4), feature(9, 5, 4, 4) * 0.3
+    draws = torch.tensor([[1, 2, 3], [8, 0, 4]], device=DEVICE)
+    counter, losses = torch.ones(1, dtype=torch.long, device=DEVICE), torch.zeros(2, device=DEVICE)
+    batch = torch.empty(3, 96, device=DEVICE)
+    triton_kernels.gather_rows(fused.rows_view(source).half(), draws, counter, batch)
+    rows = fused.from_rows(batch, (6, 4, 4))
+    assert torch.equal(rows, source[draws[1]].half().float())
+
+    prediction = rows[:, :5]
+    value, slope = primitives.reconstruction_slope(prediction, target[draws[1]], p)
+    got = triton_kernels.loss_gradient(
+        fused.rows_view(prediction), fused.rows_view(target), draws, counter, losses, scale=5 / 240, p=p
+    )
+    torch.testing.assert_close(fused.from_rows(got, (5, 4, 4)), slope, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses, torch.tensor([0.0, value.item()], device=DEVICE), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("path", ["up.0.block.0", "mid.attn_1"])
+def test_units_learn_the_same_with_kernels(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole optimisation, split shortcut and regulariser included."""
+    if INTERPRETED:  # which runs one program after the other: few large ones are faster
+        from qdiff import triton_kernels
+
+        monkeypatch.setattr(triton_kernels, "_ELEMENTS", 2**16)
+        monkeypatch.setattr(triton_kernels, "_NORM_TILE", 2**16)
+        monkeypatch.setattr(triton_kernels, "_NORM_WHOLE", 1)
+    from .test_reconstruction import FAST, unit_and_data
+
+    for function in (reconstruct_weights, reconstruct_activations):
+        reports = []
+        for engine in ("fast", "eager"):
+            with fused.plain_pytorch():
+                qnn, unit, data = unit_and_data(path, 6, act_quant=function is reconstruct_activations)
+            qnn.to(DEVICE)
+            config = changed_config(FAST, engine)
+            reports.append(function(unit, data.near(DEVICE), config, seed=0))
+        assert reports[0].loss_after == pytest.approx(reports[1].loss_after, rel=1e-4)
+        for a, b in zip(reports[0].trace, reports[1].trace, strict=True):
+            assert a.loss == pytest.approx(b.loss, rel=1e-4)
+            assert a.rounding_loss == pytest.approx(b.rounding_loss, rel=1e-4)
+
+
+def changed_config(config: CalibrationConfig, engine: str) -> CalibrationConfig:
+    return dataclasses.replace(
+        config, iters=3, iters_a=3, batch_size=2, engine=engine, precision="fp32", round_weight=0.1
+    )
