@@ -21,7 +21,14 @@ from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
 from qdiff.quant_model import QuantModel, evaluating
 from qdiff.quantizers import UniformAffineQuantizer
-from qdiff.reconstruction import Phase, UnitReport, reconstruct_activations, reconstruct_weights
+from qdiff.reconstruction import (
+    Phase,
+    UnitReport,
+    arithmetic,
+    capturing,
+    reconstruct_activations,
+    reconstruct_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -105,16 +112,21 @@ def _reconstruct(
 ) -> None:
     """One phase over all units, in the order in which the network runs them."""
     step = reconstruct_weights if phase == "weights" else reconstruct_activations
-    capture = PairedCapture(
-        qnn, network_inputs(data), act_quant=phase == "activations", chunk=min(CAPTURE_CHUNK, len(data.x))
-    )
     device, number = next(qnn.parameters()).device, 0
-    for stage in capture.stages():
-        targets = capture.targets(stage)
-        for unit in qnn.units_of(stage):
-            unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path)).near(device)
-            progress.add(step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, number)))
-            number += 1
+    with arithmetic(capturing(config), device):
+        capture = PairedCapture(
+            qnn,
+            network_inputs(data),
+            act_quant=phase == "activations",
+            chunk=min(CAPTURE_CHUNK, len(data.x)),
+            compact=device.type == "cuda" and config.precision != "fp32",
+        )
+        for stage in capture.stages():
+            targets = capture.targets(stage)
+            for unit in qnn.units_of(stage):
+                unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path)).near(device)
+                progress.add(step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, number)))
+                number += 1
 
 
 def _unit_seed(seed: int, phase: Phase, number: int) -> int:

@@ -11,6 +11,8 @@ RangeMethod = Literal["max", "mse"]
 WEIGHT_BITS = tuple(range(2, 9))
 ACT_BITS = (*range(2, 9), 16)
 RANGE_METHODS = ("max", "mse")
+PRECISIONS = ("fp32", "tf32", "bf16")
+ENGINES = ("fast", "eager")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,9 @@ class CalibrationConfig:
         range_samples: how many calibration samples set the first activation ranges; range_order: which ones.
         running_stat: average the ranges over the whole set first (momentum 0.95); rs_sm_only: softmax maps only.
         seed: of every draw; the same seed gives the same checkpoint.
+        precision: of the reconstruction's arithmetic on a GPU; a CPU computes in fp32.
+        engine: ``fast``, or ``eager``: all of it left to autograd in fp32, the oracle.
+        deterministic: on a GPU, kernels that give the same bits every time, none chosen by a stopwatch.
     """
 
     iters: int = 20_000
@@ -125,6 +130,9 @@ class CalibrationConfig:
     running_stat: bool = False
     rs_sm_only: bool = False
     seed: int = 1234
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    engine: Literal["fast", "eager"] = "fast"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "range_samples"):
@@ -138,6 +146,9 @@ class CalibrationConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: a share of the iterations, from 0 to below 1")
+        for name, known in (("precision", PRECISIONS), ("engine", ENGINES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
         if self.rs_sm_only and not self.running_stat:
             raise ValueError("rs_sm_only needs running_stat")
 

@@ -1,30 +1,78 @@
 """The optimisation of one unit: its weights' rounding, or its activations' step sizes.
 
 One loop serves layers and blocks, weights (AdaRound, Nagel et al. 2020; block-wise as in BRECQ, Li et al. 2021) and
-activations (LSQ, Esser et al. 2020). Everything an iteration needs (its batch, learning rate and β) lies ready in
-tables on the device, looked up by a counter that lives there too: on a GPU the whole iteration is one CUDA graph and
-the host only says "again".
+activations (LSQ, Esser et al. 2020). It runs in one of two ways that compute the same:
+
+- ``fast``: gradients outside of the unit written out (:mod:`qdiff.learners`), and on a GPU a few iterations captured
+  as one CUDA graph, which draws its batches by a counter on the device, so that the host only says "again";
+- ``eager``: everything left to autograd and ``torch.optim.Adam`` in float32, iteration by iteration: the oracle that
+  tests hold the other to.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qdiff import fused
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.primitives import SMALLEST_DELTA, annealed_beta, reconstruction_loss
+from qdiff.learners import (
+    ADAM_BETAS,
+    ADAM_EPS,
+    Learner,
+    Progress,
+    RoundingLearner,
+    Schedule,
+    StepLearner,
+    cosine_schedule,
+    rounding_progress,
+    rounding_schedule,
+)
+from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss, reconstruction_slope
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import Unit, evaluating, frozen_parameters
-from qdiff.quantizers import AdaRoundQuantizer
+from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
+from qdiff.workers import WORKERS
 
 Phase = Literal["weights", "activations"]
 
 FIXED_BATCH = 64  # samples of the batch on which a unit's loss is reported
-_GRAPH_WARMUP = 3  # iterations before a CUDA graph is captured, for allocators and autotuning
+TRACE_POINTS = 20  # of each unit, where the loop looks at itself
+DIVERGED = 100.0  # times the loss of rounding to nearest (or of the first ranges): no use going on
+RETRY_RATE = 0.1  # of the learning rate, the second time
+_WORTH_TUNING = 4000  # iterations from which trying all convolution kernels, about a second a unit, pays
+_UNROLL = 10  # iterations a CUDA graph
+_GRAPH_WARMUP = 3  # iterations before one is captured, for allocators and autotuning
+
+log = logging.getLogger(__name__)
+
+
+class TracePoint(NamedTuple):
+    """A look at a unit's optimisation.
+
+    Attributes:
+        loss: mean over the iterations since the look before, without the regulariser.
+        rounding_loss: the regulariser, weighted; temperature: its exponent β; settled: share of roundings decided.
+        steps: step sizes of the activations.
+    """
+
+    iteration: int
+    loss: float
+    rounding_loss: float
+    temperature: float
+    settled: float
+    steps: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +82,11 @@ class UnitReport:
     Attributes:
         loss_before: rounding to nearest (weights) or initial ranges (activations).
         loss_after: hard rounding, or learned step sizes.
+        outcome: ``learned``, ``learned at a tenth of the rate``, or ``kept``: as it was before, because learning failed
+            or made it worse; ``note`` says why.
+        peak_gpu_bytes: the most GPU memory that was allocated meanwhile.
+        trace: looks at the optimisation.
+        loop_seconds: of ``seconds``, what the iterations took; the rest is preparation and measuring.
     """
 
     name: str
@@ -44,58 +97,151 @@ class UnitReport:
     loss_before: float
     loss_after: float
     seconds: float
+    outcome: str = "learned"
+    note: str = ""
+    peak_gpu_bytes: int = 0
+    trace: tuple[TracePoint, ...] = ()
+    loop_seconds: float = 0.0
 
 
 def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:
     """Learn how to round the weights of one unit, whose grids must be set. Afterwards they are baked, hard-rounded.
 
+    A unit that ends with a larger loss than rounding to nearest keeps rounding to nearest.
+
     Args:
         data: inputs and targets, on the unit's device or the host.
         seed: of the order in which samples are drawn.
     """
-    started = time.perf_counter()
+    started = _start(unit)
     layers = unit.layers()
     with evaluating(unit.module), frozen_parameters(unit.module):
         unit.module.set_quant_state(True, False)
         for layer in layers:
             layer.unbake()
+            layer.learn_rounding()  # starts at the nearest
         before = fixed_batch_loss(unit, data, p=2.0)
-        for layer in layers:
-            layer.learn_rounding()
-        quantizers = [quantizer for layer in layers for quantizer, _ in layer.weight_quantizers()]
-        _set_soft(quantizers, True)
-        loop = _Loop(unit, data, [q.alpha for q in quantizers], config, iterations=config.iters, p=2.0, seed=seed)
-        loop.regularize(quantizers)
-        loop.run(torch.full((config.iters,), config.weight_lr))
-        _set_soft(quantizers, False)
-        for layer in layers:
-            layer.bake()
-        after = fixed_batch_loss(unit, data, p=2.0)
-    return _report(unit, "weights", config.iters, before, after, started)
+
+        def learner(rate: float) -> Learner:
+            schedule = rounding_schedule(config, config.iters, rate, device_of(unit))
+            if config.engine == "eager":
+                return _EagerRounding(layers, schedule)
+            return RoundingLearner(layers, schedule, dtype=_dtype(config))
+
+        def hard_loss() -> float:
+            for layer in layers:
+                layer.bake()
+            return fixed_batch_loss(unit, data, p=2.0)
+
+        rate = config.weight_lr
+        result = _learn(unit, data, config, learner, hard_loss, before, rate, config.iters, p=2.0, seed=seed)
+    return _report(unit, "weights", config.iters, before, result, started)
 
 
 def reconstruct_activations(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:
     """Learn the step sizes of one unit's activation quantizers, whose ranges must be set; zero points stay."""
-    started = time.perf_counter()
+    started = _start(unit)
     with evaluating(unit.module), frozen_parameters(unit.module):
         unit.module.set_quant_state(True, True)
         before = fixed_batch_loss(unit, data, p=config.p)
-        steps = [quantizer.delta for quantizer in unit.act_quantizers()]
-        loop = _Loop(unit, data, steps, config, iterations=config.iters_a, p=config.p, seed=seed)
-        loop.keep_above(SMALLEST_DELTA)
-        angle = torch.arange(config.iters_a) * (torch.pi / max(1, config.iters_a))
-        loop.run(config.lr * 0.5 * (1 + torch.cos(angle)))
-        after = fixed_batch_loss(unit, data, p=config.p)
-    return _report(unit, "activations", config.iters_a, before, after, started)
+
+        def learner(rate: float) -> Learner:
+            schedule = cosine_schedule(config.iters_a, rate, device_of(unit))
+            make = _EagerSteps if config.engine == "eager" else StepLearner
+            return make(unit.act_quantizers(), schedule)
+
+        def loss() -> float:
+            return fixed_batch_loss(unit, data, p=config.p)
+
+        result = _learn(unit, data, config, learner, loss, before, config.lr, config.iters_a, p=config.p, seed=seed)
+    return _report(unit, "activations", config.iters_a, before, result, started)
+
+
+class _Result(NamedTuple):
+    loss: float
+    outcome: str
+    note: str
+    trace: tuple[TracePoint, ...]
+    loop_seconds: float = 0.0
+
+
+def _learn(
+    unit: Unit,
+    data: UnitData,
+    config: CalibrationConfig,
+    make_learner: Callable[[float], Learner],
+    measure: Callable[[], float],
+    before: float,
+    rate: float,
+    iterations: int,
+    *,
+    p: float,
+    seed: int,
+) -> _Result:
+    """Try, try again more gently, or leave the unit as it was."""
+    if iterations == 0:
+        return _Result(measure(), "learned", "", ())
+    problems = []
+    for attempt_rate, outcome in ((rate, "learned"), (rate * RETRY_RATE, "learned at a tenth of the rate")):
+        learner = make_learner(attempt_rate)
+        loop = _Loop(unit, data, learner, config, iterations=iterations, p=p, seed=seed, reference=before)
+        with arithmetic(config, loop.device, repeats=iterations), _working_weights(unit, config, learner):
+            problem = loop.run()
+        learner.finish(learned=not problem)
+        after = measure()
+        if not problem and math.isfinite(after) and after <= before:
+            return _Result(after, outcome, "; ".join(problems), tuple(loop.trace), loop.seconds)
+        if not problem:
+            problem = f"the loss rose from {before:.4g} to {after:.4g}"
+            learner.finish(learned=False)
+            problems.append(problem)
+            break  # a sound optimisation that does not help; a smaller rate would not either
+        problems.append(problem)
+        log.warning("%s: %s", unit.path, problem)
+    return _Result(measure(), "kept", "; ".join(problems), tuple(loop.trace), loop.seconds)
+
+
+def device_of(unit: Unit) -> torch.device:
+    """Where the unit computes."""
+    return next(unit.module.parameters()).device
+
+
+def _start(unit: Unit) -> float:
+    device = device_of(unit)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter()
+
+
+def _report(unit: Unit, phase: Phase, iterations: int, before: float, result: _Result, started: float) -> UnitReport:
+    device = device_of(unit)
+    peak = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    return UnitReport(
+        unit.path,
+        unit.kind,
+        phase,
+        unit.parameter_count(),
+        iterations,
+        before,
+        result.loss,
+        time.perf_counter() - started,
+        result.outcome,
+        result.note,
+        peak,
+        result.trace,
+        result.loop_seconds,
+    )
 
 
 @torch.no_grad()
 def fixed_batch_loss(unit: Unit, data: UnitData, *, p: float) -> float:
     """The reconstruction loss on evenly spaced samples of the set: the same ones before and after."""
-    index = torch.linspace(0, len(data) - 1, min(FIXED_BATCH, len(data))).long().to(data.target.device)
-    inputs, target = data.rows(index)
-    device = next(unit.module.parameters()).device
-    return reconstruction_loss(unit.module(*(x.to(device) for x in inputs)), target.to(device), p).item()
+    index = torch.linspace(0, len(data) - 1, min(FIXED_BATCH, len(data))).long()
+    inputs, target = data.rows(index, device_of(unit))
+    return reconstruction_loss(unit.module(*inputs), target, p).item()
 
 
 def draw_batches(samples: int, batch_size: int, iterations: int, seed: int) -> Tensor:
@@ -107,124 +253,324 @@ def draw_batches(samples: int, batch_size: int, iterations: int, seed: int) -> T
     return order[: iterations * batch].view(iterations, batch)
 
 
+# Arithmetic: which units of the GPU compute, in which type.
+
+
+def _dtype(config: CalibrationConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def capturing(config: CalibrationConfig) -> CalibrationConfig:
+    """The same, for running whole networks: TF32 at the least, so that targets do not carry bfloat16's rounding."""
+    return dataclasses.replace(config, precision="tf32") if config.precision == "bf16" else config
+
+
+@contextlib.contextmanager
+def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int = 0) -> Iterator[None]:
+    """The precision and determinism asked for, inside the ``with`` block.
+
+    Args:
+        repeats: how often the same work will be done: worth the search for the fastest convolution where often.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    matmul.allow_tf32 = cudnn.allow_tf32 = config.precision != "fp32" and config.engine != "eager"
+    cudnn.benchmark = repeats >= _WORTH_TUNING and not config.deterministic
+    cudnn.deterministic = config.deterministic
+    kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
+    half = config.precision == "bf16" and config.engine != "eager"
+    try:
+        with kernels, torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def _working_weights(unit: Unit, config: CalibrationConfig, learner: Learner) -> Iterator[None]:
+    """Fixed weights in the type and memory layout in which the unit computes, for the length of a ``with`` block."""
+    learned = {id(leaf) for leaf in learner.leaves}
+    layers = [x for x in unit.layers() if x.baked_weight is not None and id(x.baked_weight) not in learned]
+    device = device_of(unit)
+    if config.engine == "eager" or device.type != "cuda":
+        yield
+        return
+    before = [layer.baked_weight for layer in layers]
+    for layer, weight in zip(layers, before, strict=True):
+        form = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        layer.baked_weight = weight.to(_dtype(config), memory_format=form)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.baked_weight = weight
+
+
+# The loop.
+
+
 class _Loop:
-    """Adam over some parameters of a unit against its target, iteration by iteration."""
+    """The iterations of one unit: batch, forward, loss, backward, update."""
 
     def __init__(
         self,
         unit: Unit,
         data: UnitData,
-        parameters: list[nn.Parameter],
+        learner: Learner,
         config: CalibrationConfig,
         *,
         iterations: int,
         p: float,
         seed: int,
+        reference: float,
     ):
-        self.device = parameters[0].device
-        self.module, self.data, self.parameters, self.config, self.p = unit.module, data, parameters, config, p
-        self.iterations = iterations
-        self.draws = draw_batches(len(data), config.batch_size, iterations, seed).to(data.target.device)
-        self.counter = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.rounded: list[AdaRoundQuantizer] = []
-        self.floor: float | None = None
-        self.first_regularized = iterations
+        self.unit, self.module, self.data, self.learner, self.config, self.p = (
+            unit,
+            unit.module,
+            data,
+            learner,
+            config,
+            p,
+        )
+        self.device = device_of(unit)
+        self.iterations, self.reference = iterations, reference
+        draws = draw_batches(len(data), config.batch_size, iterations, seed)
+        self.batch = draws.shape[1]  # of all processes together
+        self.draws = WORKERS.share(draws).contiguous().to(self.device)
+        self.losses = torch.zeros(iterations, device=self.device)
+        self.trace: list[TracePoint] = []
+        self.seconds = 0.0
 
-    def regularize(self, quantizers: list[AdaRoundQuantizer]) -> None:
-        """Add the rounding regulariser of these quantizers once the warm-up is over."""
-        c = self.config
-        # The schedule counts iterations from 1, as the published one does.
-        betas = [
-            annealed_beta(i + 1, self.iterations, start=c.beta_start, end=c.beta_end, warmup=c.warmup)
-            for i in range(self.iterations)
-        ]
-        self.betas = torch.tensor(betas, device=self.device)
-        self.rounded = quantizers
-        self.first_regularized = max(0, int(-(-c.warmup * self.iterations // 1)) - 1)
+    def run(self) -> str:
+        """All iterations. Returns what went wrong, empty where nothing did."""
+        resident = all(x.device == self.device for x in (*self.data.inputs, self.data.target))
+        graphs = self.device.type == "cuda" and resident and self.config.engine != "eager"
+        advance = self._graphs() if graphs else self._eagerly
+        done, started = 0, self._now()
+        for stop in self._looks():
+            advance(done, stop)
+            problem = self._look(done, stop)
+            if problem:
+                return problem
+            done = stop
+        self.seconds = self._now() - started
+        return ""
 
-    def keep_above(self, floor: float) -> None:
-        """Never let a parameter fall below ``floor`` (a step size must stay positive)."""
-        self.floor = floor
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
-    def run(self, rates: Tensor) -> None:
-        """All iterations, at one learning rate each."""
-        if self.iterations == 0:
-            return
-        self.rates = rates.float().to(self.device)
-        self.rate = torch.zeros((), device=self.device)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        on_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, fused=True, capturable=on_gpu)
-        resident = self.data.target.device == self.device
-        (self._run_graphs if on_gpu and resident else self._run_eagerly)()
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    def _looks(self) -> list[int]:
+        every = max(1, -(-self.iterations // TRACE_POINTS))
+        if every > _UNROLL:
+            every = -(-every // _UNROLL) * _UNROLL
+        return [*range(every, self.iterations, every), self.iterations]
 
-    def _run_eagerly(self) -> None:
-        for iteration in range(self.iterations):
-            self._iterate(regularized=iteration >= self.first_regularized)
+    def _look(self, done: int, stop: int) -> str:
+        losses = WORKERS.total(self.losses[done:stop].clone())
+        loss = losses.mean().item()
+        progress = self.learner.progress(stop - 1)
+        self.trace.append(
+            TracePoint(stop, loss, progress.rounding_loss, progress.temperature, progress.settled, progress.steps)
+        )
+        if not (math.isfinite(loss) and progress.finite):
+            return f"the loss is not a number after {stop} iterations"
+        if loss > DIVERGED * self.reference + 1e-12:
+            return f"the loss grew to {loss:.4g} within {stop} iterations"
+        return ""
 
-    def _run_graphs(self) -> None:
-        """Capture one iteration without and one with the regulariser, and replay them."""
-        initial = [parameter.detach().clone() for parameter in self.parameters]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+    # One after the other: on a CPU, and the oracle anywhere.
+
+    def _eagerly(self, start: int, stop: int) -> None:
+        oracle = isinstance(self.learner, _EagerLearner)
+        for k in range(start, stop):
+            inputs, target = self.data.rows(self.draws[k], self.device)
+            prediction = self.module(*inputs)
+            share = prediction.shape[0] / self.batch  # of the batch that this process sees
+            if oracle:
+                loss = reconstruction_loss(prediction, target, self.p) * share
+                self.losses[k] = loss.detach()
+                total = loss + self.learner.penalty(k) / WORKERS.count
+                gradients = torch.autograd.grad(total, self.learner.leaves)
+            else:
+                with torch.no_grad():
+                    value, slope = reconstruction_slope(prediction.detach(), target, self.p)
+                    self.losses[k] = value * share
+                gradients = torch.autograd.grad(prediction, self.learner.leaves, slope.mul_(share))
+                self.learner.schedule.counter.fill_(k)
+            self.learner.update(WORKERS.summed(gradients), k)
+
+    # On a GPU: a few iterations as one CUDA graph, played again and again.
+
+    def _graphs(self) -> Callable[[int, int], None]:
+        """Capture; afterwards the result plays iterations from one number to another."""
+        counter = self.learner.schedule.counter
+        stage = _Stage(self)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            for _ in range(min(_GRAPH_WARMUP, self.iterations)):  # the tables have no more rows
-                self._iterate(regularized=bool(self.rounded))
-        torch.cuda.current_stream().wait_stream(side)
-        self._reset(initial)
-        pieces = ((False, self.first_regularized), (True, self.iterations - self.first_regularized))
-        for regularized, count in pieces:
-            if count == 0:
-                continue
+            for _ in range(_GRAPH_WARMUP):
+                stage.iterate()
+                counter.zero_()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.learner.reset()
+        self.losses.zero_()
+
+        def capture(count: int) -> torch.cuda.CUDAGraph:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._iterate(regularized=regularized)
-            for _ in range(count):
-                graph.replay()
+            with torch.cuda.graph(graph, stream=side):
+                for _ in range(count):
+                    stage.iterate()
+            return graph
 
-    @torch.no_grad()
-    def _reset(self, initial: list[Tensor]) -> None:
-        """Forget the warm-up: parameters, Adam's moments and the counter as at the start."""
-        for parameter, value in zip(self.parameters, initial, strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        self.counter.zero_()
+        def advance(start: int, stop: int) -> None:
+            for _ in range((stop - start) // _UNROLL):
+                graphs[_UNROLL].replay()
+            if rest := (stop - start) % _UNROLL:
+                graphs[rest].replay()
 
-    def _iterate(self, *, regularized: bool) -> None:
+        lengths = [stop - start for start, stop in itertools.pairwise([0, *self._looks()])]
+        counts = {_UNROLL for n in lengths if n >= _UNROLL} | {n % _UNROLL for n in lengths if n % _UNROLL}
+        graphs = {count: capture(count) for count in counts}
+        return advance
+
+
+class _Stage:
+    """The fixed buffers of a captured iteration, and the iteration."""
+
+    def __init__(self, loop: _Loop):
+        self.loop, data, device = loop, loop.data, loop.device
+        self.counter = loop.learner.schedule.counter
+        rows = loop.draws.shape[1]
+        self.sources = [fused.rows_view(x) for x in data.inputs]
+        self.shapes = [tuple(x.shape[1:]) for x in data.inputs]
+        self.target = fused.rows_view(data.target)
+        floating = _dtype(loop.config)
+        self.buffers = [
+            torch.empty(rows, s.shape[1], dtype=floating if s.is_floating_point() else s.dtype, device=device)
+            for s in self.sources
+        ]
+        # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
+        self.scale = data.target.shape[1] / (loop.batch * self.target.shape[1])
+        self.kernels = fused.enabled(device)
+
+    def iterate(self) -> None:
         """One iteration; no value is read back by the host, so it can be captured."""
-        rows = self.draws.index_select(0, self.counter.to(self.draws.device)).squeeze(0)
-        inputs, target = self.data.rows(rows)
-        prediction = self.module(*(x.to(self.device) for x in inputs))
-        loss = reconstruction_loss(prediction, target.to(self.device), self.p)
-        if regularized and self.rounded:
-            beta = self.betas.index_select(0, self.counter)
-            loss = loss + self.config.round_weight * sum(q.regularizer(beta) for q in self.rounded)
-        gradients = torch.autograd.grad(loss, self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.rate.copy_(self.rates.index_select(0, self.counter).squeeze(0))
+        loop = self.loop
+        rows = None if self.kernels else loop.draws.index_select(0, self.counter).squeeze(0)
+        for source, buffer in zip(self.sources, self.buffers, strict=True):
+            self._gather(source, buffer, rows)
+        inputs = [fused.from_rows(b, s) for b, s in zip(self.buffers, self.shapes, strict=True)]
+        prediction = loop.module(*inputs)
+        slope = self._loss(prediction.detach(), rows)
+        gradients = torch.autograd.grad(prediction, loop.learner.leaves, slope)
+        loop.learner.update(WORKERS.summed(gradients), 0)
+        self.counter.add_(1)
+
+    def _gather(self, source: Tensor, buffer: Tensor, rows: Tensor | None) -> None:
+        if rows is not None:
+            buffer.copy_(source.index_select(0, rows))
+            return
+        from qdiff import triton_kernels
+
+        triton_kernels.gather_rows(source, self.loop.draws, self.counter, buffer)
+
+    def _loss(self, prediction: Tensor, rows: Tensor | None) -> Tensor:
+        loop = self.loop
+        flat = fused.rows_view(prediction)
+        if rows is None:
+            from qdiff import triton_kernels
+
+            slope = triton_kernels.loss_gradient(
+                flat, self.target, loop.draws, self.counter, loop.losses, scale=self.scale, p=loop.p
+            )
+        else:
+            difference = flat.float() - self.target.index_select(0, rows).float()
+            size = difference.abs()
+            power = size.pow(loop.p - 1)
+            loop.losses.index_copy_(0, self.counter, (power * size).sum().mul_(self.scale).view(1))
+            slope = power.copysign_(difference).mul_(loop.p * self.scale).to(flat.dtype)
+        return fused.from_rows(slope, tuple(prediction.shape[1:]))
+
+
+# The oracle: autograd through the quantizers, torch.optim.Adam.
+
+
+class _EagerLearner:
+    """Parameters of the unit as autograd and ``torch.optim.Adam`` see them."""
+
+    floor: float | None = None
+
+    def __init__(self, leaves: list[nn.Parameter], schedule: Schedule, rates: list[float]):
+        self.leaves, self.schedule, self.rates = leaves, schedule, rates
+        self.initial = [leaf.detach().clone() for leaf in leaves]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        self.optimizer = torch.optim.Adam(leaves, lr=1.0, betas=ADAM_BETAS, eps=ADAM_EPS)
+
+    def penalty(self, k: int) -> Tensor | float:
+        """What is added to the loss."""
+        return 0.0
+
+    def update(self, gradients: tuple[Tensor, ...], k: int) -> None:
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        self.optimizer.param_groups[0]["lr"] = self.rates[k]
         self.optimizer.step()
         if self.floor is not None:
             with torch.no_grad():
-                torch._foreach_clamp_min_(self.parameters, self.floor)
-        self.counter.add_(1)
+                torch._foreach_clamp_min_(self.leaves, self.floor)
+
+    def reset(self) -> None:
+        raise NotImplementedError("the oracle runs once")
+
+    @torch.no_grad()
+    def finish(self, *, learned: bool) -> None:
+        for leaf, value in zip(self.leaves, self.initial, strict=True):
+            if not learned:
+                leaf.copy_(value)
+            leaf.requires_grad_(False)
+            leaf.grad = None
 
 
-def _set_soft(quantizers: list[AdaRoundQuantizer], soft: bool) -> None:
-    for quantizer in quantizers:
-        quantizer.soft = soft
+class _EagerRounding(_EagerLearner):
+    def __init__(self, layers: list[QuantModule], schedule: Schedule):
+        self.quantizers: list[AdaRoundQuantizer] = [q for layer in layers for q, _ in layer.weight_quantizers()]
+        for layer in layers:
+            layer.unbake()
+        for quantizer in self.quantizers:
+            quantizer.soft = True
+        super().__init__([q.alpha for q in self.quantizers], schedule, _plain_rates(schedule))
+
+    def penalty(self, k: int) -> Tensor | float:
+        _, _, beta, weight = self.schedule.rows[k]
+        return weight * sum(q.regularizer(beta) for q in self.quantizers) if weight else 0.0
+
+    def progress(self, k: int) -> Progress:
+        with torch.no_grad():
+            return rounding_progress(self.leaves, *self.schedule.rows[k][2:])
+
+    def finish(self, *, learned: bool) -> None:
+        super().finish(learned=learned)
+        for quantizer in self.quantizers:
+            quantizer.soft = False
 
 
-def _report(unit: Unit, phase: Phase, iterations: int, before: float, after: float, started: float) -> UnitReport:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return UnitReport(
-        unit.path, unit.kind, phase, unit.parameter_count(), iterations, before, after, time.perf_counter() - started
-    )
+class _EagerSteps(_EagerLearner):
+    floor = SMALLEST_DELTA
+
+    def __init__(self, quantizers: list[UniformAffineQuantizer], schedule: Schedule):
+        super().__init__([q.delta for q in quantizers], schedule, _plain_rates(schedule))
+
+    def progress(self, k: int) -> Progress:
+        steps = tuple(value for leaf in self.leaves for value in leaf.detach().flatten().tolist())
+        return Progress(0.0, 0.0, 1.0, steps, all(math.isfinite(step) for step in steps))
+
+
+def _plain_rates(schedule: Schedule) -> list[float]:
+    """The learning rates without Adam's bias correction."""
+    return [rate * (1 - ADAM_BETAS[0] ** (k + 1)) for k, (rate, *_) in enumerate(schedule.rows)]

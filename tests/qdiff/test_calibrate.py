@@ -133,10 +133,10 @@ def test_each_phase_captures_from_the_network_as_quantized_so_far(monkeypatch: p
     phases = []
 
     class Watched(PairedCapture):
-        def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], *, act_quant: bool, chunk: int):
+        def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], *, act_quant: bool, **options: Any):
             phases.append(act_quant)
             assert all(map(torch.equal, inputs, noisy_inputs(SAMPLES)))
-            super().__init__(qnn, inputs, act_quant=act_quant, chunk=chunk)
+            super().__init__(qnn, inputs, act_quant=act_quant, **options)
 
     monkeypatch.setattr(pipeline, "PairedCapture", Watched)
     run()

@@ -78,7 +78,7 @@ def test_inputs_follow_what_earlier_units_have_become() -> None:
     after = capture.inputs(second)[0]
     assert not torch.equal(after, before)
     assert torch.equal(after, observed(qnn, inputs, SAMPLES, True, False)[second.path][0][0])
-    assert torch.equal(capture.targets(stage)[second.path], targets[second.path])
+    assert torch.equal(targets[second.path], observed(qnn, inputs, SAMPLES, False, False)[second.path][1])
 
 
 def test_a_changed_unit_changes_what_the_next_stages_get() -> None:
@@ -152,7 +152,7 @@ def test_activation_ranges_are_found_in_network_order() -> None:
 def test_rows_are_those_of_every_argument() -> None:
     data = UnitData((torch.arange(12).view(6, 2), torch.arange(6)), torch.arange(6) * 10)
     assert len(data) == 6
-    (features, embedding), target = data.rows(torch.tensor([4, 1]))
+    (features, embedding), target = data.rows(torch.tensor([4, 1]), torch.device("cpu"))
     assert features.tolist() == [[8, 9], [2, 3]]
     assert embedding.tolist() == [4, 1]
     assert target.tolist() == [40, 10]

@@ -1,0 +1,50 @@
+"""Several processes on one calibration (``torchrun``): each takes a part of every batch, gradients are added up.
+
+Every process holds the same network, draws the same batches and ends with the same result; with one process all of
+this is nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Workers:
+    """The processes that work together, as torch.distributed knows them."""
+
+    @property
+    def count(self) -> int:
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if self.count > 1 else 0
+
+    def share(self, draws: Tensor) -> Tensor:
+        """This process's columns of iterations x batch; the batch must have at least one for every process.
+
+        Raises:
+            ValueError: more processes than samples in a batch.
+        """
+        if draws.shape[1] < self.count:
+            raise ValueError(f"a batch of {draws.shape[1]} samples cannot be shared by {self.count} processes")
+        return draws.tensor_split(self.count, dim=1)[self.rank]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def summed(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients added up over all processes, in one message."""
+        if self.count == 1:
+            return gradients
+        flat = self.total(torch.cat([g.reshape(-1).float() for g in gradients]))
+        pieces = flat.split([g.numel() for g in gradients])
+        return tuple(piece.view(g.shape) for piece, g in zip(pieces, gradients, strict=True))
+
+
+WORKERS = Workers()
