@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,24 @@ FIXED_BATCH = 64  # samples of the batch on which a unit's loss is reported
 _GRAPH_WARMUP = 3  # iterations before a CUDA graph is captured, for allocators and autotuning
 
 
+class TracePoint(NamedTuple):
+    """One moment of a unit's optimisation.
+
+    Attributes:
+        loss: on the batch of that iteration, without the regulariser.
+        rounding_loss, temperature: the rounding regulariser and its exponent; 0 for activations.
+        settled: share of the weights whose rounding is within 0.01 of down or up; 1 for activations.
+        steps: the step sizes of the activation quantizers; none for weights.
+    """
+
+    iteration: int
+    loss: float
+    rounding_loss: float
+    temperature: float
+    settled: float
+    steps: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class UnitReport:
     """What became of one unit in one phase; losses on one fixed batch, without the regulariser.
@@ -34,6 +52,10 @@ class UnitReport:
     Attributes:
         loss_before: rounding to nearest (weights) or initial ranges (activations).
         loss_after: hard rounding, or learned step sizes.
+        outcome: ``learned``, ``learned at a tenth of the rate`` or ``kept`` (what it started from was better).
+        note: why it is not ``learned``.
+        peak_gpu_bytes: the most GPU memory that was in use; 0 on a CPU.
+        trace: the optimisation, moment by moment.
     """
 
     name: str
@@ -44,6 +66,10 @@ class UnitReport:
     loss_before: float
     loss_after: float
     seconds: float
+    outcome: str = "learned"
+    note: str = ""
+    peak_gpu_bytes: int = 0
+    trace: tuple[TracePoint, ...] = ()
 
 
 def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:

@@ -123,7 +123,11 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught, exit_on_error("p"), folder.logging(["scripts/x.py"]):
         raise KeyboardInterrupt
     assert caught.value.code == 130
-    assert f"stopped; continue this run with: python scripts/x.py -l {folder.path}" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    how = f"continue this run with: python scripts/x.py -l {folder.path}"
+    assert printed.err == f"\np: stopped; finished files are whole; {how}\n"
+    assert "stopped" not in printed.out  # once is enough
+    assert (folder.path / "run.log").read_text().endswith(f"stopped (KeyboardInterrupt); {how}\n")
 
 
 @pytest.mark.parametrize("words", [["-l", "a b"], ["--logdir", "a"], ["--logdir=a"], ["-la"], []])
