@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime
 
 import pytest
@@ -187,6 +190,48 @@ def test_statuses(error, status, words, capsys):
     message = capsys.readouterr().err
     assert words in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_their_status(number, status, capsys):
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as caught, exit_on_error("p"):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        assert caught.value.code == status
+        assert capsys.readouterr().err == "\np: stopped; finished files are whole\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
+def test_signals_that_others_care_for_are_left_alone():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with exit_on_error("p"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_commands_run_in_other_threads_too():
+    """Where signals cannot be handled."""
+    raised = []
+
+    def run():
+        try:
+            with exit_on_error("p"):
+                raise UserError("x")
+        except SystemExit as stop:
+            raised.append(stop.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert raised == [2]
 
 
 def test_verbose_shows_the_traceback(capsys):
