@@ -197,8 +197,7 @@ def test_signals_end_with_their_status(number, status, capsys):
     before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
     try:
         with pytest.raises(SystemExit) as caught, exit_on_error("p"):
-            os.kill(os.getpid(), number)
-            time.sleep(10)
+            send_to_itself(number)
         assert caught.value.code == status
         assert capsys.readouterr().err == "\np: stopped; finished files are whole\n"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -207,12 +206,17 @@ def test_signals_end_with_their_status(number, status, capsys):
         signal.signal(signal.SIGINT, before[0])
 
 
+def send_to_itself(number):
+    os.kill(os.getpid(), number)
+    for _ in range(100):  # the handler runs between two statements
+        time.sleep(0.001)
+
+
 def test_signals_that_others_care_for_are_left_alone():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with exit_on_error("p"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
+            send_to_itself(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
 
