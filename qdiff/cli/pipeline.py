@@ -311,7 +311,7 @@ def summary(finished: Sequence[UnitProgress]) -> str:
         lines.append(f"{_count(kept)} kept what they started from (round to nearest, first ranges): {_named(kept)}")
     last = [unit for unit in finished if unit.report.phase == phases[-1]]
     worst = sorted(last, key=lambda unit: unit.relative_loss, reverse=True)[:NAMED_UNITS]
-    shown = ", ".join(f"{unit.report.name} {100 * unit.relative_loss:.2g} %" for unit in worst)
+    shown = ", ".join(f"{unit.report.name} {100 * unit.relative_loss:.3g} %" for unit in worst)
     lines.append(f"lost most ({phases[-1]}; remaining loss as a share of what an output of zeros would lose): {shown}")
     return "\n".join(lines)
 
