@@ -4,12 +4,16 @@
 2. Activation ranges: one forward pass in network order, with calibrated weights and every earlier quantizer on.
 3. If asked for: moving averages of those ranges over the whole set.
 4. Step sizes: unit by unit in network order (``qdiff`` mode).
+
+With a :class:`~qdiff.progress.CalibrationProgress` every finished unit is on the disk before the next one starts, and
+units that are there already are not learned again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +23,12 @@ from torch import Tensor
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.quant_model import QuantModel, evaluating
+from qdiff.primitives import reconstruction_loss
+from qdiff.progress import CalibrationProgress, FinishedUnit
+from qdiff.quant_model import QuantModel, Unit, evaluating
 from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.reconstruction import (
+    FIXED_BATCH,
     Phase,
     UnitReport,
     arithmetic,
@@ -38,11 +45,19 @@ CAPTURE_CHUNK = 256  # samples that pass through the network at once while featu
 
 @dataclass(frozen=True)
 class UnitProgress:
-    """One finished unit, number ``index`` (from 0) of ``total`` over both phases."""
+    """One finished unit, number ``index`` (from 0) of ``total`` over both phases.
+
+    Attributes:
+        relative_loss, elapsed: see :class:`~qdiff.progress.FinishedUnit`.
+        restored: it was learned by an earlier process.
+    """
 
     index: int
     total: int
     report: UnitReport
+    relative_loss: float = 0.0
+    elapsed: float = 0.0
+    restored: bool = False
 
 
 def calibrate(
@@ -53,6 +68,7 @@ def calibrate(
     mode: Mode = "qdiff",
     weights_done: bool = False,
     on_unit: Callable[[UnitProgress], None] | None = None,
+    progress: CalibrationProgress | None = None,
 ) -> list[UnitReport]:
     """Calibrate a wrapped UNet in place, on the device it is on; afterwards it is quantized as its config says.
 
@@ -60,73 +76,146 @@ def calibrate(
         data: the selected calibration samples; may be None where nothing needs them (``linear``, weights only).
         mode: ``qdiff`` reconstructs; ``linear`` only sets ranges and rounds to nearest.
         weights_done: weights were loaded from a calibrated checkpoint; calibrate activations only.
-        on_unit: called after each unit.
+        on_unit: called after each unit, restored ones included.
+        progress: where finished units are kept, and found; opened for this calibration. None keeps them nowhere.
 
     Returns:
         one report for each unit and phase.
+
+    Raises:
+        OSError: a finished unit could not be written.
     """
     quant_act = qnn.config.quant_act
     if data is None and (quant_act or mode == "qdiff"):
         raise ValueError("calibration samples are needed to learn rounding and to set activation ranges")
-    phases: list[Phase] = []
-    if mode == "qdiff":
-        phases = ([] if weights_done else ["weights"]) + (["activations"] if quant_act else [])
-    progress = _Progress(len(qnn.units()) * len(phases), on_unit)
-    with evaluating(qnn):
+    phases = learning_phases(qnn, mode=mode, weights_done=weights_done)
+    tally = _Tally(len(qnn.units()) * len(phases), on_unit)
+    with evaluating(qnn), arithmetic(capturing(config), next(qnn.parameters()).device):
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":
-                _reconstruct(qnn, data, config, "weights", progress)
+                _reconstruct(qnn, data, config, "weights", tally, progress)
         qnn.bake()
         if quant_act:
-            inputs = _on_device(data, qnn)
-            find_act_ranges(qnn, tuple(x[range_rows(len(data.x), config)] for x in inputs))
-            if config.running_stat:
-                update_running_ranges(qnn, inputs, config)
+            _set_act_ranges(qnn, data, config, progress)
             if mode == "qdiff":
-                _reconstruct(qnn, data, config, "activations", progress)
+                _reconstruct(qnn, data, config, "activations", tally, progress)
     qnn.set_quant_state(True, quant_act)
-    return progress.reports
+    return tally.reports
 
 
-class _Progress:
+def learning_phases(qnn: QuantModel, *, mode: Mode, weights_done: bool) -> list[Phase]:
+    """The phases in which :func:`calibrate` goes through the units."""
+    if mode != "qdiff":
+        return []
+    return ([] if weights_done else ["weights"]) + (["activations"] if qnn.config.quant_act else [])
+
+
+class _Tally:
+    """The finished units, counted and announced."""
+
     def __init__(self, total: int, on_unit: Callable[[UnitProgress], None] | None):
         self.total, self.on_unit, self.reports = total, on_unit, []
 
-    def add(self, report: UnitReport) -> None:
-        self.reports.append(report)
-        log.info(
-            "%s, %s: loss %.4g -> %.4g (%.1f s)",
-            report.name,
-            report.phase,
-            report.loss_before,
-            report.loss_after,
-            report.seconds,
-        )
+    def add(self, finished: FinishedUnit, *, restored: bool) -> None:
+        self.reports.append(finished.report)
+        log.log(logging.DEBUG if restored else logging.INFO, "%s", describe(finished.report))
         if self.on_unit is not None:
-            self.on_unit(UnitProgress(len(self.reports) - 1, self.total, report))
+            index = len(self.reports) - 1
+            self.on_unit(UnitProgress(index, self.total, **vars(finished), restored=restored))
+
+
+def describe(report: UnitReport) -> str:
+    """What became of a unit, in a line."""
+    line = f"{report.name}, {report.phase}: loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
+    line += f" ({report.seconds:.1f} s"
+    line += f", at most {report.peak_gpu_bytes / 2**30:.2f} GiB of GPU memory)" if report.peak_gpu_bytes else ")"
+    if report.outcome != "learned":
+        line += f"; {report.outcome}" + (f": {report.note}" if report.note else "")
+    return line
 
 
 def _reconstruct(
-    qnn: QuantModel, data: CalibrationSet, config: CalibrationConfig, phase: Phase, progress: _Progress
+    qnn: QuantModel,
+    data: CalibrationSet,
+    config: CalibrationConfig,
+    phase: Phase,
+    tally: _Tally,
+    progress: CalibrationProgress | None,
 ) -> None:
     """One phase over all units, in the order in which the network runs them."""
-    step = reconstruct_weights if phase == "weights" else reconstruct_activations
-    device, number = next(qnn.parameters()).device, 0
-    with arithmetic(capturing(config), device):
-        capture = PairedCapture(
-            qnn,
-            network_inputs(data),
-            act_quant=phase == "activations",
-            chunk=min(CAPTURE_CHUNK, len(data.x)),
-            compact=device.type == "cuda" and config.precision != "fp32",
-        )
-        for stage in capture.stages():
-            targets = capture.targets(stage)
-            for unit in qnn.units_of(stage):
-                unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path)).near(device)
-                progress.add(step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, number)))
-                number += 1
+    units = qnn.units()
+    # All of them first: units that are there need no data, and the capture sees their learned values where it passes.
+    restored = {} if progress is None else {u.path: progress.restore(u, phase, i) for i, u in enumerate(units)}
+    learned = _learn(qnn, data, config, phase, [unit for unit in units if restored.get(unit.path) is None])
+    for number, unit in enumerate(units):
+        there = restored.get(unit.path)
+        finished = there or next(learned)
+        if there is None and progress is not None:
+            progress.keep(unit, phase, number, finished)
+        tally.add(finished, restored=there is not None)
+
+
+def _learn(
+    qnn: QuantModel, data: CalibrationSet, config: CalibrationConfig, phase: Phase, wanted: list[Unit]
+) -> Iterator[FinishedUnit]:
+    """Reconstruct the wanted units, in network order, while the calibration set moves through all of them."""
+    if not wanted:
+        return
+    started = time.perf_counter()
+    step, p = (reconstruct_weights, 2.0) if phase == "weights" else (reconstruct_activations, config.p)
+    capture = PairedCapture(
+        qnn,
+        network_inputs(data),
+        act_quant=phase == "activations",
+        chunk=min(CAPTURE_CHUNK, len(data.x)),
+        compact=config.precision != "fp32" and next(qnn.parameters()).device.type == "cuda",
+    )
+    numbers = {unit.path: number for number, unit in enumerate(qnn.units())}
+    for stage in capture.stages():
+        targets: dict[str, Tensor] = {}
+        for unit in (unit for unit in wanted if unit.stage == stage):
+            unit_data = _unit_data(capture, unit, targets)
+            report = step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, numbers[unit.path]))
+            share = _relative_loss(report, unit_data, p)
+            del unit_data  # before the next one's is collected
+            now = time.perf_counter()
+            yield FinishedUnit(report, share, now - started)
+            started = now
+
+
+def _unit_data(capture: PairedCapture, unit: Unit, targets: dict[str, Tensor]) -> UnitData:
+    """What a unit learns from, near where it computes.
+
+    Args:
+        targets: of the units of its stage, as far as they were not used yet; filled here when the first is wanted.
+    """
+    if unit.path not in targets:
+        targets.update(capture.targets(unit.stage))
+    unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path))
+    return unit_data.near(next(unit.module.parameters()).device)
+
+
+def _relative_loss(report: UnitReport, data: UnitData, p: float) -> float:
+    """The remaining loss as a share of what an output of zeros would lose, on the samples of the report."""
+    index = torch.linspace(0, len(data) - 1, min(FIXED_BATCH, len(data))).long()
+    _, target = data.rows(index, data.target.device)
+    nothing = reconstruction_loss(torch.zeros_like(target), target, p).item()
+    return report.loss_after / nothing if nothing else 0.0
+
+
+def _set_act_ranges(
+    qnn: QuantModel, data: CalibrationSet, config: CalibrationConfig, progress: CalibrationProgress | None
+) -> None:
+    """The activation ranges before anything is learned: those that are there, or new ones."""
+    if progress is not None and progress.restore_ranges(qnn):
+        return
+    inputs = _on_device(data, qnn)
+    find_act_ranges(qnn, tuple(x[range_rows(len(data.x), config)] for x in inputs))
+    if config.running_stat:
+        update_running_ranges(qnn, inputs, config)
+    if progress is not None:
+        progress.keep_ranges(qnn)
 
 
 def _unit_seed(seed: int, phase: Phase, number: int) -> int:

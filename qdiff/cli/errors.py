@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -14,9 +17,9 @@ from ddim.config import ConfigError
 from ddim.pretrained import CheckpointUnavailable
 from qdiff.calibration_data import CalibrationSetError
 from qdiff.checkpoint import CheckpointError
+from qdiff.progress import ProgressError
 
 STATUS_WRONG_INPUT = 2
-STATUS_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
 class UserError(ValueError):
@@ -27,12 +30,25 @@ class OutOfMemoryError(UserError):
     """The device's memory is too small for the settings."""
 
 
-EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointError, CheckpointUnavailable)
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end.
+
+    Attributes:
+        status: what a shell reports for a process that the signal ended.
+    """
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointError, CheckpointUnavailable, ProgressError)
 
 
 @contextmanager
 def exit_on_error(program: str, *, verbose: bool = False) -> Iterator[None]:
-    """End the process with one line on standard error for each kind of failure that users meet.
+    """End the process with one line on standard error for each kind of failure that users meet, and for SIGINT and
+    SIGTERM.
 
     Anything else is a mistake of ours and keeps its traceback.
 
@@ -40,17 +56,46 @@ def exit_on_error(program: str, *, verbose: bool = False) -> Iterator[None]:
         program: what the message starts with.
         verbose: print the traceback too.
     """
+    with _signals_as_exceptions():
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            print(f"\n{program}: stopped; finished files are whole{_how_to_go_on(stop)}", file=sys.stderr)
+            raise SystemExit(getattr(stop, "status", Stopped().status)) from None
+        except (*EXPLAINED, OSError) as error:
+            if verbose:
+                traceback.print_exc()
+            message = explain_os_error(error) if isinstance(error, OSError) else str(error)
+            print(f"{program}: error: {message}{_how_to_go_on(error)}", file=sys.stderr)
+            raise SystemExit(STATUS_WRONG_INPUT) from None
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGINT and SIGTERM raise :class:`Stopped`, so that files are closed and the user is told how to go on.
+
+    A second signal ends the process at once. Signals that are ignored, or somebody else's already, are left alone.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    changed = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                changed[number] = signal.signal(number, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"\n{program}: stopped; finished files are whole", file=sys.stderr)
-        raise SystemExit(STATUS_INTERRUPTED) from None
-    except (*EXPLAINED, OSError) as error:
-        if verbose:
-            traceback.print_exc()
-        message = explain_os_error(error) if isinstance(error, OSError) else str(error)
-        print(f"{program}: error: {message}", file=sys.stderr)
-        raise SystemExit(STATUS_WRONG_INPUT) from None
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
+def _how_to_go_on(error: BaseException) -> str:
+    """What was noted on an exception where the run's folder and command are known."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def explain_os_error(error: OSError) -> str:

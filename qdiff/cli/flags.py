@@ -19,7 +19,7 @@ from qdiff.config import ACT_BITS, WEIGHT_BITS
 # What has a meaning only together with another flag.
 NEEDS_PTQ = (
     *("quant_mode", "weight_bit", "act_bit", "quant_act", "a_sym", "a_min_max", "split", "sm_abit"),
-    *("running_stat", "rs_sm_only", "resume", "resume_w", "cali_ckpt"),
+    *("running_stat", "rs_sm_only", "tensorboard", "resume", "resume_w", "cali_ckpt"),
 )
 NEEDS_QUANT_ACT = ("act_bit", "a_sym", "a_min_max", "sm_abit", "running_stat", "rs_sm_only", "resume_w")
 
@@ -224,6 +224,11 @@ def add_calibration_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--rs_sm_only", action="store_true", help="with --running_stat: only for attention maps after softmax"
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the loss and the rounding of every unit as curves to the run's folder tensorboard/",
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 from tqdm import tqdm
 
-from qdiff.calibrate import UnitProgress, calibrate
+from qdiff.calibrate import UnitProgress, calibrate, learning_phases
 from qdiff.calibration_data import CalibrationSet
 from qdiff.checkpoint import (
     CheckpointInfo,
@@ -27,12 +29,15 @@ from qdiff.checkpoint import (
 from qdiff.cli.flags import Parser
 from qdiff.cli.run_folder import LOG_ONLY
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.progress import CalibrationProgress, identity
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
 
 PUBLISHED_NAME = "ckpt.pth"
 PACKED_NAME = "ckpt.safetensors"
-MEBIBYTE = 2**20
+PROGRESS_FOLDER = "calibration"
+KEPT = "kept"  # the outcome of a unit that learning did not improve
+NAMED_UNITS = 5  # of each list in the summary
 
 # Flags that a checkpoint answers by itself: those of its weights, and those of its activations.
 WEIGHT_FACTS = ("weight_bit", "split")
@@ -186,31 +191,83 @@ def quantized_model(model: nn.Module, plan: QuantPlan) -> QuantModel:
 
 
 def calibrate_and_save(
-    model: QuantModel, plan: QuantPlan, data: CalibrationSet | None, folder: Path, model_config: dict[str, Any]
+    model: QuantModel,
+    plan: QuantPlan,
+    data: CalibrationSet | None,
+    folder: Path,
+    model_config: dict[str, Any],
+    *,
+    tensorboard: bool = False,
 ) -> None:
     """Calibrate in place, on the device the network is on, and write the result in both forms.
+
+    Every finished unit lies in the folder until the result does; units that are there are not learned again.
 
     Args:
         data: None where nothing needs samples (weights rounded to nearest).
         folder: of the run.
         model_config: recorded in the checkpoints.
+        tensorboard: write the curves of every unit.
+
+    Raises:
+        ProgressError: the folder holds units of another calibration.
+        OSError: a file could not be written; what was finished is whole.
     """
-    with UnitBar() as bar:
-        reports = calibrate(
-            model, data, plan.calibration, mode=plan.mode, weights_done=plan.weights_only, on_unit=bar.show
+    options = {"mode": plan.mode, "weights_done": plan.weights_only}
+    progress = None
+    if learning_phases(model, **options):
+        device = next(model.parameters()).device
+        calibration = identity(model, data, plan.calibration, **options)
+        progress = CalibrationProgress.open(folder / PROGRESS_FOLDER, calibration, device=device)
+        if there := what_is_there(model, plan, progress):
+            logger.info("%s", there)
+    finished: list[UnitProgress] = []
+    with ExitStack() as stack:
+        listeners: list[Callable[[UnitProgress], None]] = [finished.append, stack.enter_context(UnitBar()).show]
+        if tensorboard:
+            from qdiff.cli.curves import curves  # slow to import
+
+            listeners.append(stack.enter_context(curves(folder)).add)
+        calibrate(
+            model,
+            data,
+            plan.calibration,
+            **options,
+            on_unit=lambda unit: [listen(unit) for listen in listeners],
+            progress=progress,
         )
-    if reports:
-        logger.info("all units:\n%s", unit_table(reports), extra=LOG_ONLY)
+    if finished:
+        logger.info("all units:\n%s", unit_table([unit.report for unit in finished]), extra=LOG_ONLY)
+        logger.info("%s", summary(finished))
     info = {"model_config": model_config, "calibration": calibration_facts(plan, data)}
     save_published(folder / PUBLISHED_NAME, model, info=info)
     size = save_packed(folder / PACKED_NAME, model, info=info)
+    remove_progress(folder)
     logger.info("%s: %s", folder / PACKED_NAME, size_report(model, size))
     logger.info("%s: the same in the published format", folder / PUBLISHED_NAME)
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """About what both checkpoints take: weights and rounding variables in fp32, and at most a byte a weight packed."""
-    return 9 * sum(parameter.numel() for parameter in model.parameters())
+def what_is_there(model: QuantModel, plan: QuantPlan, progress: CalibrationProgress) -> str:
+    """What an earlier process left, in a line; nothing where it left nothing."""
+    phases = learning_phases(model, mode=plan.mode, weights_done=plan.weights_only)
+    steps = [(unit, phase, number) for phase in phases for number, unit in enumerate(model.units())]
+    missing = [step for step in steps if not progress.has(*step)]
+    if len(missing) == len(steps):
+        return ""
+    there = f"{len(steps) - len(missing)} of {len(steps)} units are there; going on with "
+    return there + (f"{missing[0][0].path}, {missing[0][1]}" if missing else "the checkpoints")
+
+
+def remove_progress(folder: Path) -> None:
+    """Delete the finished units of a run whose checkpoints are written."""
+    shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)
+
+
+def room_needed(model: nn.Module) -> int:
+    """About what a calibration takes on the disk: both checkpoints (weights and rounding variables in fp32, and at most
+    a byte a weight packed), and until they are written the finished units (rounding variables once more).
+    """
+    return 13 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def calibration_facts(plan: QuantPlan, data: CalibrationSet | None) -> dict[str, Any]:
@@ -224,16 +281,61 @@ def calibration_facts(plan: QuantPlan, data: CalibrationSet | None) -> dict[str,
 def unit_table(reports: Sequence[UnitReport]) -> str:
     """All units of a calibration, a line each."""
     names, kinds = (max(len(getattr(r, field)) for r in reports) for field in ("name", "kind"))
-    layout = f"{{:{names}}}  {{:{kinds}}}  {{:11}}  {{:>10}}  {{:>10}}  {{:>11}}  {{:>10}}  {{:>7}}"
-    lines = [layout.format("unit", "kind", "phase", "parameters", "iterations", "loss before", "loss after", "seconds")]
+    layout = f"{{:{names}}}  {{:{kinds}}}  {{:11}}  {{:>10}}  {{:>10}}  {{:>11}}  {{:>10}}  {{:>7}}  {{}}"
+    header = ("unit", "kind", "phase", "parameters", "iterations", "loss before", "loss after", "seconds", "outcome")
+    lines = [layout.format(*header)]
     for r in reports:
         losses = (f"{loss:.4g}" for loss in (r.loss_before, r.loss_after))
-        lines.append(layout.format(r.name, r.kind, r.phase, r.parameters, r.iterations, *losses, f"{r.seconds:.1f}"))
+        facts = (r.name, r.kind, r.phase, r.parameters, r.iterations, *losses, f"{r.seconds:.1f}", r.outcome)
+        lines.append(layout.format(*facts))
     return "\n".join(lines)
 
 
+def summary(finished: Sequence[UnitProgress]) -> str:
+    """What a calibration took and where it did not do well, in a few lines.
+
+    Units are compared by what remains of their loss in the last phase, as a share of what an output of zeros would
+    lose: losses themselves grow with the size of the features and differ by orders of magnitude between units. It holds
+    the error of the unit's weights, of its activations where they are quantized, and of the inputs that quantized units
+    before it hand on.
+    """
+    phases = list(dict.fromkeys(unit.report.phase for unit in finished))
+    times = {phase: sum(unit.elapsed for unit in finished if unit.report.phase == phase) for phase in phases}
+    lines = [f"calibrated in {duration(sum(times.values()))}: " + ", ".join(f"{p} {duration(times[p])}" for p in times)]
+    reports = [unit.report for unit in finished]
+    slow = [r for r in reports if r.outcome not in ("learned", KEPT)]
+    kept = [r for r in reports if r.outcome == KEPT]
+    if slow:
+        lines.append(f"{_count(slow)} learned at a tenth of the rate: {_named(slow)}")
+    if kept:
+        lines.append(f"{_count(kept)} kept what they started from (round to nearest, first ranges): {_named(kept)}")
+    last = [unit for unit in finished if unit.report.phase == phases[-1]]
+    worst = sorted(last, key=lambda unit: unit.relative_loss, reverse=True)[:NAMED_UNITS]
+    shown = ", ".join(f"{unit.report.name} {100 * unit.relative_loss:.3g} %" for unit in worst)
+    lines.append(f"lost most ({phases[-1]}; remaining loss as a share of what an output of zeros would lose): {shown}")
+    return "\n".join(lines)
+
+
+def _count(reports: Sequence[UnitReport]) -> str:
+    return f"{len(reports)} unit" + "s" * (len(reports) > 1)
+
+
+def _named(reports: Sequence[UnitReport]) -> str:
+    shown = [f"{r.name}, {r.phase}" + (f" ({r.note})" if r.note else "") for r in reports[:NAMED_UNITS]]
+    more = len(reports) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more, which the table in run.log has" if more else "")
+
+
+def duration(seconds: float) -> str:
+    """Like ``3 h 05 min``, ``12 min 03 s`` or ``4.2 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class UnitBar:
-    """Progress over units, with the loss of the latest; appears with the first."""
+    """Progress over units, with the loss of the latest; appears with the first that is not restored."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -248,6 +350,8 @@ class UnitBar:
     def show(self, progress: UnitProgress) -> None:
         report = progress.report
         if self._bar is None:
-            self._bar = tqdm(total=progress.total, unit="unit", desc="calibrating")
+            if progress.restored:
+                return
+            self._bar = tqdm(total=progress.total, initial=progress.index, unit="unit", desc="calibrating")
         self._bar.set_postfix_str(f"{report.name} {report.loss_before:.3g} → {report.loss_after:.3g}", refresh=False)
         self._bar.update(progress.index + 1 - self._bar.n)

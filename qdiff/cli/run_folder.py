@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -34,12 +34,14 @@ LOG_NAME = "run.log"
 GRID_NAME = "grid.png"
 
 # Options that say where or how fast, not what: a run may be continued with others.
-FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose")
+FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose", "tensorboard")
 GRID_IMAGES = 64
 GRID_COLUMNS = 8
 
 LOG_ONLY = {"log_only": True}
 """As ``extra=`` of a log message: too long for the terminal."""
+FILE_ONLY = {"file_only": True}
+"""The same, also with ``--verbose``: the terminal is told otherwise."""
 
 logger = logging.getLogger("qdiff")  # all below it are heard
 
@@ -117,7 +119,10 @@ class RunFolder:
 
     @contextmanager
     def logging(self, argv: Sequence[str], *, verbose: bool = False) -> Iterator[None]:
-        """Copy what is logged under ``qdiff`` to ``run.log`` and the terminal. A new log starts with how to go on."""
+        """Copy what is logged under ``qdiff`` to ``run.log`` and the terminal. A new log starts with how to go on.
+
+        An exception that leaves the run to be continued carries a note of how.
+        """
         file = _LogFile(self.path / LOG_NAME)
         terminal = _Terminal(verbose)
         before = logger.level, logger.propagate
@@ -131,8 +136,11 @@ class RunFolder:
             else:
                 logger.info("continuing the run in %s", self.path)
             yield
-        except KeyboardInterrupt:
-            logger.info("stopped; continue this run with: %s", continue_command(argv, self.path))
+        except (KeyboardInterrupt, OSError) as error:
+            how = f"continue this run with: {continue_command(argv, self.path)}"
+            error.add_note(how)
+            with suppress(OSError):  # the disk may be full
+                logger.info("stopped (%s); %s", str(error) or type(error).__name__, how, extra=FILE_ONLY)
             raise
         finally:
             for handler in (file, terminal):
@@ -275,5 +283,6 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         own = record.name.startswith("qdiff.cli") or record.name == "qdiff"
         brief = own and not getattr(record, "log_only", False)
-        if self._everything or brief or record.levelno >= logging.WARNING:
+        told = getattr(record, "file_only", False)
+        if not told and (self._everything or brief or record.levelno >= logging.WARNING):
             tqdm.write(self.format(record))

@@ -28,7 +28,14 @@ from qdiff.cli.flags import (
     needs_calibration_set,
     resolve_device,
 )
-from qdiff.cli.pipeline import QuantPlan, calibrate_and_save, checkpoint_bytes, make_plan, quantized_model
+from qdiff.cli.pipeline import (
+    QuantPlan,
+    calibrate_and_save,
+    make_plan,
+    quantized_model,
+    remove_progress,
+    room_needed,
+)
 from qdiff.cli.pixel import (
     PixelSampler,
     SamplerOptions,
@@ -121,14 +128,17 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig, command: 
 
     model = build_model(args, config, plan)
     if plan is not None and plan.calibrates:
-        check_room(args.logdir, checkpoint_bytes(model))
+        check_room(args.logdir, room_needed(model))
     folder = folder or RunFolder.create(args.logdir, options)
     folder.tidy()
     with folder.logging(command, verbose=args.verbose):
         model = model.to(device)
         if plan is not None and plan.calibrates:
             with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
-                calibrate_and_save(model, plan, data, folder.path, model_config=config.to_dict())
+                facts = config.to_dict()
+                calibrate_and_save(model, plan, data, folder.path, facts, tensorboard=args.tensorboard)
+        else:
+            remove_progress(folder.path)  # of a process that was killed between its checkpoints and their tidying up
         sample_images(model, sampler, config, folder, args)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime
 
 import pytest
@@ -123,7 +126,11 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught, exit_on_error("p"), folder.logging(["scripts/x.py"]):
         raise KeyboardInterrupt
     assert caught.value.code == 130
-    assert f"stopped; continue this run with: python scripts/x.py -l {folder.path}" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    how = f"continue this run with: python scripts/x.py -l {folder.path}"
+    assert printed.err == f"\np: stopped; finished files are whole; {how}\n"
+    assert "stopped" not in printed.out  # once is enough
+    assert (folder.path / "run.log").read_text().endswith(f"stopped (KeyboardInterrupt); {how}\n")
 
 
 @pytest.mark.parametrize("words", [["-l", "a b"], ["--logdir", "a"], ["--logdir=a"], ["-la"], []])
@@ -183,6 +190,52 @@ def test_statuses(error, status, words, capsys):
     message = capsys.readouterr().err
     assert words in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_their_status(number, status, capsys):
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as caught, exit_on_error("p"):
+            send_to_itself(number)
+        assert caught.value.code == status
+        assert capsys.readouterr().err == "\np: stopped; finished files are whole\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
+def send_to_itself(number):
+    os.kill(os.getpid(), number)
+    for _ in range(100):  # the handler runs between two statements
+        time.sleep(0.001)
+
+
+def test_signals_that_others_care_for_are_left_alone():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with exit_on_error("p"):
+            send_to_itself(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_commands_run_in_other_threads_too():
+    """Where signals cannot be handled."""
+    raised = []
+
+    def run():
+        try:
+            with exit_on_error("p"):
+                raise UserError("x")
+        except SystemExit as stop:
+            raised.append(stop.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert raised == [2]
 
 
 def test_verbose_shows_the_traceback(capsys):
