@@ -23,6 +23,7 @@ from torch import Tensor
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
+from qdiff.memory import Collector, MemoryBudget
 from qdiff.primitives import reconstruction_loss
 from qdiff.progress import CalibrationProgress, FinishedUnit
 from qdiff.quant_model import QuantModel, Unit, evaluating
@@ -69,6 +70,7 @@ def calibrate(
     weights_done: bool = False,
     on_unit: Callable[[UnitProgress], None] | None = None,
     progress: CalibrationProgress | None = None,
+    budget: MemoryBudget | None = None,
 ) -> list[UnitReport]:
     """Calibrate a wrapped UNet in place, on the device it is on; afterwards it is quantized as its config says.
 
@@ -78,6 +80,7 @@ def calibrate(
         weights_done: weights were loaded from a calibrated checkpoint; calibrate activations only.
         on_unit: called after each unit, restored ones included.
         progress: where finished units are kept, and found; opened for this calibration. None keeps them nowhere.
+        budget: memory that captured data may take; it decides where they wait, not what comes out.
 
     Returns:
         one report for each unit and phase.
@@ -94,12 +97,12 @@ def calibrate(
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":
-                _reconstruct(qnn, data, config, "weights", tally, progress)
+                _reconstruct(qnn, data, config, "weights", tally, progress, budget)
         qnn.bake()
         if quant_act:
             _set_act_ranges(qnn, data, config, progress)
             if mode == "qdiff":
-                _reconstruct(qnn, data, config, "activations", tally, progress)
+                _reconstruct(qnn, data, config, "activations", tally, progress, budget)
     qnn.set_quant_state(True, quant_act)
     return tally.reports
 
@@ -142,12 +145,14 @@ def _reconstruct(
     phase: Phase,
     tally: _Tally,
     progress: CalibrationProgress | None,
+    budget: MemoryBudget | None,
 ) -> None:
     """One phase over all units, in the order in which the network runs them."""
     units = qnn.units()
     # All of them first: units that are there need no data, and the capture sees their learned values where it passes.
     restored = {} if progress is None else {u.path: progress.restore(u, phase, i) for i, u in enumerate(units)}
-    learned = _learn(qnn, data, config, phase, [unit for unit in units if restored.get(unit.path) is None])
+    wanted = [unit for unit in units if restored.get(unit.path) is None]
+    learned = _learn(qnn, data, config, phase, wanted, budget)
     for number, unit in enumerate(units):
         there = restored.get(unit.path)
         finished = there or next(learned)
@@ -157,7 +162,12 @@ def _reconstruct(
 
 
 def _learn(
-    qnn: QuantModel, data: CalibrationSet, config: CalibrationConfig, phase: Phase, wanted: list[Unit]
+    qnn: QuantModel,
+    data: CalibrationSet,
+    config: CalibrationConfig,
+    phase: Phase,
+    wanted: list[Unit],
+    budget: MemoryBudget | None,
 ) -> Iterator[FinishedUnit]:
     """Reconstruct the wanted units, in network order, while the calibration set moves through all of them."""
     if not wanted:
@@ -170,10 +180,11 @@ def _learn(
         act_quant=phase == "activations",
         chunk=min(CAPTURE_CHUNK, len(data.x)),
         compact=config.precision != "fp32" and next(qnn.parameters()).device.type == "cuda",
+        budget=budget,
     )
     numbers = {unit.path: number for number, unit in enumerate(qnn.units())}
     for stage in capture.stages():
-        targets: dict[str, Tensor] = {}
+        targets: dict[str, Collector] = {}
         for unit in (unit for unit in wanted if unit.stage == stage):
             unit_data = _unit_data(capture, unit, targets)
             report = step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, numbers[unit.path]))
@@ -184,16 +195,15 @@ def _learn(
             started = now
 
 
-def _unit_data(capture: PairedCapture, unit: Unit, targets: dict[str, Tensor]) -> UnitData:
-    """What a unit learns from, near where it computes.
+def _unit_data(capture: PairedCapture, unit: Unit, targets: dict[str, Collector]) -> UnitData:
+    """What a unit learns from.
 
     Args:
         targets: of the units of its stage, as far as they were not used yet; filled here when the first is wanted.
     """
     if unit.path not in targets:
         targets.update(capture.targets(unit.stage))
-    unit_data = UnitData(capture.inputs(unit), targets.pop(unit.path))
-    return unit_data.near(next(unit.module.parameters()).device)
+    return capture.data(unit, targets)
 
 
 def _relative_loss(report: UnitReport, data: UnitData, p: float) -> float:

@@ -7,52 +7,66 @@ quantized so far, its target from full precision (Q-Diffusion, section 3.2; BREC
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qdiff.memory import Collector, MemoryBudget, MemoryPlan, Shelf, measure, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
-MEMORY_SHARE = 0.6  # of the free GPU memory may hold captured features; the rest is for working
+log = logging.getLogger(__name__)
 
 
-@dataclass
 class UnitData:
-    """One unit's calibration set.
+    """One unit's calibration set. Where it does not fit, the last rows wait in a second one, on the host.
 
     Attributes:
         inputs: each positional argument of the unit's module, N x ...; half precision where it is only stored.
         target: its full-precision output, N x ...
+        tail: the rows that follow these.
+        pinned: they lie in host memory that a GPU can read by itself.
     """
 
-    inputs: tuple[Tensor, ...]
-    target: Tensor
+    def __init__(
+        self, inputs: tuple[Tensor, ...], target: Tensor, tail: UnitData | None = None, *, pinned: bool = False
+    ):
+        self.inputs, self.target, self.tail, self.pinned = tuple(inputs), target, tail, pinned
 
     def __len__(self) -> int:
-        return len(self.target)
+        return len(self.target) + (0 if self.tail is None else len(self.tail))
 
     def rows(self, index: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
         """A batch, the given rows of inputs and target, in float32 on ``device``."""
+        index = index.cpu()
+        pairs = zip((*self.inputs, self.target), self._tail_tensors(), strict=True)
+        *inputs, target = (_pick(head, tail, index, device) for head, tail in pairs)
+        return tuple(inputs), target
 
-        def batch(x: Tensor) -> Tensor:
-            rows = x.index_select(0, index.to(x.device)).to(device)
-            return rows.float() if rows.is_floating_point() else rows
-
-        return tuple(batch(x) for x in self.inputs), batch(self.target)
+    def _tail_tensors(self) -> tuple[Tensor | None, ...]:
+        if self.tail is None:
+            return (None,) * (len(self.inputs) + 1)
+        return (*self.tail.inputs, self.tail.target)
 
     def near(self, device: torch.device) -> UnitData:
-        """The same on ``device`` where it fits into the free memory of a GPU; otherwise where it is."""
-        tensors = (*self.inputs, self.target)
-        if device.type != "cuda" or all(x.device == device for x in tensors):
-            return self
-        free, _ = torch.cuda.mem_get_info(device)
-        if sum(x.numel() * x.element_size() for x in tensors) > MEMORY_SHARE * free:
-            return self
-        return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device))
+        """The same on a GPU."""
+        return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device), self.tail)
+
+
+def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device) -> Tensor:
+    if tail is None or bool((index < len(head)).all()):
+        rows = head.index_select(0, index.to(head.device)).to(device)
+    else:
+        mine = index < len(head)
+        shape = (len(index), *head.shape[1:])
+        form = torch.channels_last if head.dim() == 4 and head.stride(1) == 1 else torch.contiguous_format
+        rows = torch.empty(shape, dtype=head.dtype, device=device, memory_format=form)
+        for part, there, offset in ((head, mine, 0), (tail, ~mine, len(head))):
+            where = there.nonzero().squeeze(1)
+            rows[where.to(device)] = part.index_select(0, (index[where] - offset).to(part.device)).to(device)
+    return rows.float() if rows.is_floating_point() else rows
 
 
 class Frontier:
@@ -62,69 +76,58 @@ class Frontier:
         qnn: the network; its quantization state while a stage runs is the caller's choice.
         inputs: the network's inputs, each N x ... (noisy images, timesteps, context).
         chunk: samples run at once.
-        device: where the network is; storage: where features wait.
-        compact: features wait in half precision (see :func:`packed`).
+        device: where the network is; shelf: where features wait.
     """
 
-    def __init__(
-        self,
-        qnn: QuantModel,
-        inputs: tuple[Tensor, ...],
-        *,
-        chunk: int,
-        device: torch.device,
-        storage: torch.device,
-        compact: bool = False,
-    ):
-        self.unet, self.device, self.storage, self.compact = qnn.model, device, storage, compact
-        self._flows = [
-            self._stored(self.unet.begin(*part)) for part in zip(*(x.split(chunk) for x in inputs), strict=True)
+    def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], *, chunk: int, device: torch.device, shelf: Shelf):
+        self.unet, self.device, self.shelf = qnn.model, device, shelf
+        parts = zip(*(x.split(chunk) for x in inputs), strict=True)
+        self._flows = [self._stored(self.unet.begin(*(x.to(device) for x in part))) for part in parts]
+
+    @torch.no_grad()
+    def outputs(self, stage: Any, units: list[Unit], place: Callable[[Unit], Collector]) -> dict[str, Collector]:
+        """Move the whole set through a stage, and return what leaves each unit, by path."""
+        collectors = {unit.path: place(unit) for unit in units}
+        handles = [
+            unit.module.register_forward_hook(lambda m, args, out, path=unit.path: collectors[path].add((out,)))
+            for unit in units
         ]
+        try:
+            self.advance(stage)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return collectors
 
     @torch.no_grad()
-    def observe(self, stage: Any, units: list[Unit]) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
-        """Run one stage without moving on, and return every unit's inputs and output, by path."""
-        return self._run(stage, units, keep=False)
-
-    @torch.no_grad()
-    def observe_and_advance(self, stage: Any, units: list[Unit]) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
-        """The same, and move the whole set through the stage."""
-        return self._run(stage, units, keep=True)
-
-    @torch.no_grad()
-    def inputs(self, unit: Unit) -> tuple[Tensor, ...]:
-        """What reaches a unit; the stage is run no further than that."""
-        seen: list[tuple[Tensor, ...]] = []
+    def inputs(self, unit: Unit, collector: Collector) -> Collector:
+        """Collect what reaches a unit; its stage is run no further than that."""
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(tuple(self._keep(x) for x in args))
+            collector.add(args)
             raise _Reached
 
         handle = unit.module.register_forward_pre_hook(stop)
         try:
             for flow in self._flows:
-                with contextlib.suppress(_Reached):
+                reached = False
+                try:
                     self.unet.advance(unit.stage, self._ready(flow, unit.stage))
+                except _Reached:
+                    reached = True
+                if not reached:
+                    raise RuntimeError(f"{unit.path} is not reached in its stage")
         finally:
             handle.remove()
-        if len(seen) != len(self._flows):
-            raise RuntimeError(f"{unit.path} is not reached in its stage")
-        return tuple(torch.cat(column) for column in zip(*seen, strict=True))
+        return collector
 
     @torch.no_grad()
     def advance(self, stage: Any) -> None:
         """Move the whole set through one stage."""
-        self._run(stage, [], keep=True)
-
-    def _run(self, stage: Any, units: list[Unit], *, keep: bool) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
-        seen: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {unit.path: [] for unit in units}
-        with _recording(units, seen, self._keep):
-            for index, flow in enumerate(self._flows):
-                moved = self._ready(flow, stage)
-                self.unet.advance(stage, moved)
-                if keep:
-                    self._flows[index] = self._stored(moved)
-        return {path: _join(records) for path, records in seen.items()}
+        for index, flow in enumerate(self._flows):
+            moved = self._ready(flow, stage)
+            self.unet.advance(stage, moved)
+            self._flows[index] = self._stored(moved)
 
     def _ready(self, flow: Any, stage: Any) -> Any:
         """What the stage takes, on the device in full precision; the rest of the flow stays as it waits."""
@@ -132,51 +135,11 @@ class Frontier:
 
     def _stored(self, flow: Any) -> Any:
         kept: dict[int, Tensor] = {}  # a feature that leads on and waits for the way up too is stored once
-        return flow.map(lambda x: kept.setdefault(id(x), self._keep(x)))
-
-    def _keep(self, x: Tensor) -> Tensor:
-        return (packed(x) if self.compact else x).to(self.storage)
+        return flow.map(lambda x: kept[id(x)] if id(x) in kept else kept.setdefault(id(x), self.shelf.keep(x)))
 
 
 class _Reached(Exception):  # noqa: N818 - nothing went wrong
     """The unit in question is about to run."""
-
-
-def packed(x: Tensor) -> Tensor:
-    """A feature in half precision, 11 bits of mantissa, where its values fit.
-
-    Rounding to it costs 2e-8 of a feature's power, 4-bit weights cost 1e-3. Timesteps and other vectors stay as they
-    are.
-    """
-    if x.dtype != torch.float32 or x.dim() < 2:
-        return x
-    half = x.half()
-    return half if bool(torch.isfinite(half).all()) else x
-
-
-def unpacked(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float16 else x
-
-
-@contextlib.contextmanager
-def _recording(units: list[Unit], seen: dict[str, list[Any]], keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    def hook(path: str) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[path].append((tuple(keep(x) for x in args), keep(output)))
-
-        return record
-
-    handles = [unit.module.register_forward_hook(hook(unit.path)) for unit in units]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _join(records: list[tuple[tuple[Tensor, ...], Tensor]]) -> tuple[tuple[Tensor, ...], Tensor]:
-    inputs = tuple(torch.cat(column) for column in zip(*(args for args, _ in records), strict=True))
-    return inputs, torch.cat([output for _, output in records])
 
 
 class PairedCapture:
@@ -184,19 +147,33 @@ class PairedCapture:
 
     Args:
         act_quant: activations of the quantized network are quantized too (second phase).
+        chunk: samples that pass through a network at once, where memory allows.
         compact: features wait in half precision.
+        budget: what they may take; None takes what is free.
+
+    Attributes:
+        memory: where everything waits.
     """
 
     def __init__(
-        self, qnn: QuantModel, inputs: tuple[Tensor, ...], *, act_quant: bool, chunk: int, compact: bool = False
+        self,
+        qnn: QuantModel,
+        inputs: tuple[Tensor, ...],
+        *,
+        act_quant: bool,
+        chunk: int,
+        compact: bool = False,
+        budget: MemoryBudget | None = None,
     ):
         self.qnn, self.act_quant = qnn, act_quant
-        device = next(qnn.parameters()).device
-        if device.type == "cuda":  # the layout that tensor cores read; every layer keeps it
+        self.device = next(qnn.parameters()).device
+        if self.device.type == "cuda":  # the layout that tensor cores read; every layer keeps it
             inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
-        storage = choose_storage(qnn, inputs, device, compact=compact)
-        options = {"chunk": chunk, "device": device, "storage": storage, "compact": compact}
-        self._quantized, self._full = (Frontier(qnn, inputs, **options) for _ in range(2))
+        sizes = measure(qnn, tuple(x[:1].to(self.device) for x in inputs), compact=compact)
+        self.memory = MemoryPlan.make(sizes, len(inputs[0]), budget, self.device, chunk=chunk, compact=compact)
+        log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
+        options = {"chunk": self.memory.chunk, "device": self.device}
+        self._quantized, self._full = (Frontier(qnn, inputs, shelf=self.memory.shelf(), **options) for _ in range(2))
         self._full_is_ahead = False
 
     def stages(self) -> Iterator[Any]:
@@ -211,49 +188,30 @@ class PairedCapture:
                     self._full.advance(stage)
             self._full_is_ahead = False
 
-    def targets(self, stage: Any) -> dict[str, Tensor]:
+    def targets(self, stage: Any) -> dict[str, Collector]:
         """Full-precision outputs of all units of a stage, in one sweep. Can be asked for once."""
         if self._full_is_ahead:
             raise RuntimeError(f"the targets of {stage.path} were handed out already")
-        with self.qnn.quant_state(False, False):
-            seen = self._full.observe_and_advance(stage, self.qnn.units_of(stage))
         self._full_is_ahead = True
-        return {path: output for path, (_, output) in seen.items()}
+        with self.qnn.quant_state(False, False):
+            return self._full.outputs(stage, self.qnn.units_of(stage), self.memory.collector)
 
-    def inputs(self, unit: Unit) -> tuple[Tensor, ...]:
+    def inputs(self, unit: Unit) -> Collector:
         """What reaches a unit from the network as quantized so far, the units before it in its stage included."""
         with self.qnn.quant_state(True, self.act_quant):
-            return self._quantized.inputs(unit)
+            return self._quantized.inputs(unit, self.memory.collector(unit))
+
+    def data(self, unit: Unit, targets: dict[str, Collector]) -> UnitData:
+        """A unit's inputs and its target, which is taken out of ``targets`` (of its stage, see :meth:`targets`)."""
+        return unit_data(self.inputs(unit), targets.pop(unit.path))
 
 
-def choose_storage(
-    qnn: QuantModel, inputs: tuple[Tensor, ...], device: torch.device, *, compact: bool = False
-) -> torch.device:
-    """The network's own device where the captured features fit into its free memory, else the host."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    wanted = len(inputs[0]) * feature_bytes(qnn, tuple(x[:1].to(device) for x in inputs))
-    wanted //= 2 if compact else 1
-    return device if wanted < MEMORY_SHARE * free else torch.device("cpu")
-
-
-@torch.no_grad()
-def feature_bytes(qnn: QuantModel, sample: tuple[Tensor, ...]) -> int:
-    """Bytes that both frontiers and one unit's data take at their largest, for one sample."""
-    sizes: list[int] = []
-
-    def count(x: Tensor) -> Tensor:
-        sizes[-1] += x.numel() * x.element_size()
-        return x
-
-    flow = qnn.model.begin(*sample)
-    with qnn.quant_state(False, False):
-        for stage in qnn.model.stages():
-            sizes.append(0)
-            flow.map(count)
-            qnn.model.advance(stage, flow)
-    return 3 * max(sizes)
+def unit_data(inputs: Collector, target: Collector) -> UnitData:
+    """What two collectors hold, as one set."""
+    heads, tails = inputs.parts()
+    (head,), target_tails = target.parts()
+    tail = UnitData(tails, target_tails[0], pinned=inputs.pinned) if len(target_tails[0]) else None
+    return UnitData(heads, head, tail)
 
 
 def observe_unit(
@@ -261,9 +219,13 @@ def observe_unit(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """One unit's inputs and output over a whole set, with the network in the quantization state it is in."""
     device = next(qnn.parameters()).device
-    frontier = Frontier(qnn, inputs, chunk=batch_size, device=device, storage=device)
+    frontier = Frontier(qnn, inputs, chunk=batch_size, device=device, shelf=Shelf("gpu", compact=False))
+    rows = len(inputs[0])
     for stage in qnn.model.stages():
         if stage == unit.stage:
-            return frontier.observe(stage, [unit])[unit.path]
+            reached = frontier.inputs(unit, Collector(rows, rows, compact=False)).parts()[0]
+            return reached, frontier.outputs(stage, [unit], lambda _: Collector(rows, rows, compact=False))[
+                unit.path
+            ].parts()[0][0]
         frontier.advance(stage)
     raise ValueError(f"{unit.path}: its stage is not one of this network's")

@@ -346,8 +346,7 @@ class _Loop:
 
     def run(self) -> str:
         """All iterations. Returns what went wrong, empty where nothing did."""
-        resident = all(x.device == self.device for x in (*self.data.inputs, self.data.target))
-        graphs = self.device.type == "cuda" and resident and self.config.engine != "eager"
+        graphs = self.device.type == "cuda" and self.config.engine != "eager" and _Stage.serves(self.data, self.device)
         advance = self._graphs() if graphs else self._eagerly
         done, started = 0, self._now()
         for stop in self._looks():
@@ -414,7 +413,7 @@ class _Loop:
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(_GRAPH_WARMUP):
-                stage.iterate()
+                stage.iterate(1)
                 counter.zero_()
         torch.cuda.current_stream(self.device).wait_stream(side)
         self.learner.reset()
@@ -423,8 +422,7 @@ class _Loop:
         def capture(count: int) -> torch.cuda.CUDAGraph:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=side):
-                for _ in range(count):
-                    stage.iterate()
+                stage.iterate(count)
             return graph
 
         def advance(start: int, stop: int) -> None:
@@ -440,56 +438,93 @@ class _Loop:
 
 
 class _Stage:
-    """The fixed buffers of a captured iteration, and the iteration."""
+    """The fixed buffers of captured iterations, and the iterations.
+
+    Where some of the unit's rows wait in host memory, the next batch is fetched while the current one is computed with.
+    """
 
     def __init__(self, loop: _Loop):
         self.loop, data, device = loop, loop.data, loop.device
         self.counter = loop.learner.schedule.counter
-        rows = loop.draws.shape[1]
-        self.sources = [fused.rows_view(x) for x in data.inputs]
-        self.shapes = [tuple(x.shape[1:]) for x in data.inputs]
-        self.target = fused.rows_view(data.target)
-        floating = _dtype(loop.config)
-        self.buffers = [
-            torch.empty(rows, s.shape[1], dtype=floating if s.is_floating_point() else s.dtype, device=device)
-            for s in self.sources
-        ]
-        # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
-        self.scale = data.target.shape[1] / (loop.batch * self.target.shape[1])
+        batch = loop.draws.shape[1]
         self.kernels = fused.enabled(device)
+        self.near = [fused.rows_view(x) for x in (*data.inputs, data.target)]
+        self.far = [] if data.tail is None else [fused.rows_view(x) for x in (*data.tail.inputs, data.tail.target)]
+        self.shapes = [tuple(x.shape[1:]) for x in data.inputs]
+        floating = _dtype(loop.config)
 
-    def iterate(self) -> None:
-        """One iteration; no value is read back by the host, so it can be captured."""
+        def buffers() -> list[Tensor]:
+            types = [floating if x.is_floating_point() else x.dtype for x in self.near[:-1]]
+            types.append(torch.float32 if self.far else floating)  # of the target, which only then is copied
+            return [
+                torch.empty(batch, x.shape[1], dtype=t, device=device) for x, t in zip(self.near, types, strict=True)
+            ]
+
+        self.buffers = [buffers() for _ in range(2 if self.far else 1)]
+        self.fetching = torch.cuda.Stream(device)
+        # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
+        self.scale = data.target.shape[1] / (loop.batch * self.near[-1].shape[1])
+
+    @staticmethod
+    def serves(data: UnitData, device: torch.device) -> bool:
+        """Whether the GPU can reach all rows by itself."""
+        if any(x.device != device for x in (*data.inputs, data.target)):
+            return False
+        return data.tail is None or (data.tail.pinned and fused.enabled(device))
+
+    def iterate(self, count: int) -> None:
+        """Some iterations; no value is read back by the host, so they can be captured."""
+        main = torch.cuda.current_stream(self.loop.device)
+        for k in range(count):
+            buffers = self.buffers[k % len(self.buffers)]
+            if not self.far or k == 0:
+                self._fetch(buffers, 0)
+            if self.far and k + 1 < count:
+                self.fetching.wait_stream(main)
+                with torch.cuda.stream(self.fetching):
+                    self._fetch(self.buffers[(k + 1) % 2], 1)
+            self._compute(buffers)
+            if self.far and k + 1 < count:
+                main.wait_stream(self.fetching)
+            self.counter.add_(1)
+
+    def _fetch(self, buffers: list[Tensor], ahead: int) -> None:
+        sources = len(self.near) if self.far else len(self.near) - 1
+        for i in range(sources):
+            if self.kernels:
+                from qdiff import triton_kernels
+
+                far = self.far[i] if self.far else None
+                triton_kernels.gather_rows(
+                    self.near[i], self.loop.draws, self.counter, buffers[i], far=far, ahead=ahead
+                )
+            else:
+                buffers[i].copy_(self.near[i].index_select(0, self._rows()))
+
+    def _rows(self) -> Tensor:
+        return self.loop.draws.index_select(0, self.counter).squeeze(0)
+
+    def _compute(self, buffers: list[Tensor]) -> None:
         loop = self.loop
-        rows = None if self.kernels else loop.draws.index_select(0, self.counter).squeeze(0)
-        for source, buffer in zip(self.sources, self.buffers, strict=True):
-            self._gather(source, buffer, rows)
-        inputs = [fused.from_rows(b, s) for b, s in zip(self.buffers, self.shapes, strict=True)]
+        inputs = [fused.from_rows(b, s) for b, s in zip(buffers[:-1], self.shapes, strict=True)]
         prediction = loop.module(*inputs)
-        slope = self._loss(prediction.detach(), rows)
+        slope = self._slope(prediction.detach(), buffers[-1])
         gradients = torch.autograd.grad(prediction, loop.learner.leaves, slope)
         loop.learner.update(WORKERS.summed(gradients), 0)
-        self.counter.add_(1)
 
-    def _gather(self, source: Tensor, buffer: Tensor, rows: Tensor | None) -> None:
-        if rows is not None:
-            buffer.copy_(source.index_select(0, rows))
-            return
-        from qdiff import triton_kernels
-
-        triton_kernels.gather_rows(source, self.loop.draws, self.counter, buffer)
-
-    def _loss(self, prediction: Tensor, rows: Tensor | None) -> Tensor:
+    def _slope(self, prediction: Tensor, fetched: Tensor) -> Tensor:
+        """Gradient of the loss in the prediction; the loss itself goes to its place in the loop's table."""
         loop = self.loop
         flat = fused.rows_view(prediction)
-        if rows is None:
+        if self.kernels:
             from qdiff import triton_kernels
 
+            target, draws = (fetched, None) if self.far else (self.near[-1], loop.draws)
             slope = triton_kernels.loss_gradient(
-                flat, self.target, loop.draws, self.counter, loop.losses, scale=self.scale, p=loop.p
+                flat, target, draws, self.counter, loop.losses, scale=self.scale, p=loop.p
             )
         else:
-            difference = flat.float() - self.target.index_select(0, rows).float()
+            difference = flat.float() - self.near[-1].index_select(0, self._rows()).float()
             size = difference.abs()
             power = size.pow(loop.p - 1)
             loop.losses.index_copy_(0, self.counter, (power * size).sum().mul_(self.scale).view(1))

@@ -370,29 +370,51 @@ def group_norm_backward(
 
 
 @triton.jit
-def _gather_kernel(source, draws, counter, out, batch, row, BLOCK: tl.constexpr):
+def _gather_kernel(
+    near, far, draws, counter, out, rows_near, batch, row, ahead, last, FAR: tl.constexpr, BLOCK: tl.constexpr
+):
     b = tl.program_id(1)
-    which = tl.load(draws + tl.load(counter) * batch + b)
+    iteration = tl.minimum(tl.load(counter) + ahead, last)
+    which = tl.load(draws + iteration * batch + b)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < row
-    v = tl.load(source + which * row + at, mask=mask)
+    if FAR:
+        if which < rows_near:
+            v = tl.load(near + which * row + at, mask=mask)
+        else:
+            v = tl.load(far + (which - rows_near) * row + at, mask=mask)
+    else:
+        v = tl.load(near + which * row + at, mask=mask)
     tl.store(out + b.to(tl.int64) * row + at, v.to(out.dtype.element_ty), mask=mask)
 
 
-def gather_rows(source: Tensor, draws: Tensor, counter: Tensor, out: Tensor) -> None:
-    """out[b] = source[draws[counter, b]]: rows of M x L into batch x L, converted to the type of ``out``."""
+def gather_rows(
+    near: Tensor, draws: Tensor, counter: Tensor, out: Tensor, *, far: Tensor | None = None, ahead: int = 0
+) -> None:
+    """out[b] = source[draws[counter + ahead, b]]: rows of M x L into batch x L, converted to the type of ``out``.
+
+    Args:
+        near, far: the source's first rows, on the device, and the rows that follow, in pinned host memory.
+        ahead: which iteration's rows, from the current one; beyond the last one the last one's.
+    """
     batch, row = out.shape
     block = min(4096, triton.next_power_of_2(row))
-    _gather_kernel[(triton.cdiv(row, block), batch)](source, draws, counter, out, batch, row, BLOCK=block)
+    _gather_kernel[(triton.cdiv(row, block), batch)](
+        near, near if far is None else far, draws, counter, out, len(near), batch, row, ahead, len(draws) - 1,
+        FAR=far is not None, BLOCK=block,
+    )  # fmt: skip
 
 
 @triton.jit
 def _loss_kernel(
-    prediction, target, draws, counter, grad, losses, batch, row, scale, p, SQUARE: tl.constexpr, BLOCK: tl.constexpr
-):
+    prediction, target, draws, counter, grad, losses, batch, row, scale, p,
+    DRAWN: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1)
     iteration = tl.load(counter)
-    which = tl.load(draws + iteration * batch + b)
+    which = b.to(tl.int64)
+    if DRAWN:
+        which = tl.load(draws + iteration * batch + b)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < row
     out_at = b.to(tl.int64) * row + at
@@ -409,20 +431,28 @@ def _loss_kernel(
 
 
 def loss_gradient(
-    prediction: Tensor, target: Tensor, draws: Tensor, counter: Tensor, losses: Tensor, *, scale: float, p: float
+    prediction: Tensor,
+    target: Tensor,
+    draws: Tensor | None,
+    counter: Tensor,
+    losses: Tensor,
+    *,
+    scale: float,
+    p: float,
 ) -> Tensor:
     """Gradient of scale · Σ |prediction - target[draws[counter]]|^p in the prediction; the sum goes to losses[counter].
 
     Args:
         prediction: batch x L, dense rows.
-        target: M x L, in the same order within a row.
+        target: M x L, in the same order within a row; batch x L where ``draws`` is None.
     """
     batch, row = prediction.shape
     grad = torch.empty_like(prediction)
     block = min(4096, triton.next_power_of_2(row))
     _loss_kernel[(triton.cdiv(row, block), batch)](
-        prediction, target, draws, counter, grad, losses, batch, row, scale, p, SQUARE=p == 2.0, BLOCK=block
-    )
+        prediction, target, counter if draws is None else draws, counter, grad, losses, batch, row, scale, p,
+        DRAWN=draws is not None, SQUARE=p == 2.0, BLOCK=block,
+    )  # fmt: skip
     return grad
 
 

@@ -104,7 +104,9 @@ WEIGHTS_LEFT, ACTIVATIONS_LEFT = 0.96, 0.88  # shares of the loss; a short calib
 def by_sample(data: UnitData) -> tuple[UnitData, UnitData]:
     """Samples to learn from, and others of the same timesteps."""
     learned = torch.arange(len(data)) % SAMPLES < LEARNED_ON
-    return UnitData(*data.rows(learned)), UnitData(*data.rows(~learned))
+    halves = (which.nonzero().squeeze(1) for which in (learned, ~learned))
+    first, second = (UnitData(*data.rows(index, data.target.device)) for index in halves)
+    return first, second
 
 
 def share_left(unit: Unit, learn: Callable[[], Any], judge: UnitData, *, act_quant: bool, p: float) -> float:
@@ -131,7 +133,7 @@ def test_short_calibration_brings_the_error_of_other_samples_down(folder: str) -
         if stage.path not in chosen:
             continue
         (unit,) = qnn.units_of(stage)
-        learned, judge = by_sample(UnitData(capture.inputs(unit), capture.targets(stage)[unit.path]))
+        learned, judge = by_sample(capture.data(unit, capture.targets(stage)))
         weights = partial(reconstruct_weights, unit, learned, SHORT, seed=0)
         assert share_left(unit, weights, judge, act_quant=False, p=2.0) < WEIGHTS_LEFT, stage.path
         unit.module.set_quant_state(True, True)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qdiff.calibrate import find_act_ranges
-from qdiff.capture import Frontier, PairedCapture, UnitData, choose_storage, feature_bytes
+from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.config import QuantConfig
+from qdiff.memory import Collector, Shelf
 from qdiff.quant_model import QuantModel
 
 from .conftest import noisy_inputs, with_grids
@@ -37,6 +38,12 @@ def observed(qnn: QuantModel, inputs: tuple[Tensor, ...], chunk: int, weight: bo
     return joined
 
 
+def rows(collector: Collector) -> tuple[Tensor, ...]:
+    near, far = collector.parts()
+    assert all(len(x) == 0 for x in far)
+    return near
+
+
 def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], path: str) -> None:
     assert len(got) == len(expected), path
     for a, b in zip(got, expected, strict=True):
@@ -56,10 +63,10 @@ def test_units_see_what_they_see_in_the_whole_network(chunk: int, act_quant: boo
     for stage in capture.stages():
         targets = capture.targets(stage)
         for unit in qnn.units_of(stage):
-            got = capture.inputs(unit)
-            assert_same(got, expected_inputs[unit.path][0], unit.path)
-            assert torch.equal(targets[unit.path], expected_targets[unit.path][1]), unit.path
-            different += not all(map(torch.equal, got, expected_targets[unit.path][0]))
+            data = capture.data(unit, targets)
+            assert_same(data.inputs, expected_inputs[unit.path][0], unit.path)
+            assert torch.equal(data.target, expected_targets[unit.path][1]), unit.path
+            different += not all(map(torch.equal, data.inputs, expected_targets[unit.path][0]))
             paths.append(unit.path)
     assert paths == [unit.path for unit in qnn.units()]
     assert different == len(paths) - 2  # all but the first layers of the two ways in: time and image
@@ -72,13 +79,13 @@ def test_inputs_follow_what_earlier_units_have_become() -> None:
     capture = PairedCapture(qnn, inputs, act_quant=False, chunk=SAMPLES)
     stage = next(capture.stages())
     assert first.stage == second.stage == stage
-    targets, before = capture.targets(stage), capture.inputs(second)[0]
+    targets, before = capture.targets(stage), rows(capture.inputs(second))[0]
     first.module.learn_rounding()
     first.module.weight_quantizer.alpha.data.neg_()
-    after = capture.inputs(second)[0]
+    after = rows(capture.inputs(second))[0]
     assert not torch.equal(after, before)
     assert torch.equal(after, observed(qnn, inputs, SAMPLES, True, False)[second.path][0][0])
-    assert torch.equal(targets[second.path], observed(qnn, inputs, SAMPLES, False, False)[second.path][1])
+    assert torch.equal(rows(targets[second.path])[0], observed(qnn, inputs, SAMPLES, False, False)[second.path][1])
 
 
 def test_a_changed_unit_changes_what_the_next_stages_get() -> None:
@@ -87,7 +94,7 @@ def test_a_changed_unit_changes_what_the_next_stages_get() -> None:
     got = {}
     for stage in capture.stages():
         for unit in qnn.units_of(stage):
-            got[unit.path] = capture.inputs(unit)
+            got[unit.path] = rows(capture.inputs(unit))
             for layer in unit.layers():
                 layer.learn_rounding()
                 layer.weight_quantizer.alpha.data.neg_()
@@ -112,13 +119,14 @@ def test_nothing_captured_asks_for_gradients() -> None:
     qnn, inputs = with_grids(), noisy_inputs(2)
     capture = PairedCapture(qnn, inputs, act_quant=True, chunk=2)
     stage = next(capture.stages())
-    tensors = [*capture.targets(stage).values(), *(x for unit in qnn.units_of(stage) for x in capture.inputs(unit))]
+    collected = [*capture.targets(stage).values(), *(capture.inputs(unit) for unit in qnn.units_of(stage))]
+    tensors = [x for collector in collected for x in rows(collector)]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_a_frontier_at_the_end_holds_the_output() -> None:
     qnn, inputs = with_grids(), noisy_inputs(SAMPLES)
-    frontier = Frontier(qnn, inputs, chunk=3, device=torch.device("cpu"), storage=torch.device("cpu"))
+    frontier = Frontier(qnn, inputs, chunk=3, device=torch.device("cpu"), shelf=Shelf("host", compact=False))
     with torch.no_grad(), qnn.quant_state(True, True):
         for stage in qnn.model.stages():
             frontier.advance(stage)
@@ -126,15 +134,21 @@ def test_a_frontier_at_the_end_holds_the_output() -> None:
     assert torch.equal(torch.cat([flow.h for flow in frontier._flows]), expected)
 
 
-def test_observing_does_not_move_on() -> None:
+def test_targets_are_handed_out_once() -> None:
+    """They move the full-precision network on: asking again would give those of the next stage."""
+    qnn, inputs = with_grids(), noisy_inputs(2)
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=2)
+    stage = next(capture.stages())
+    capture.targets(stage)
+    with pytest.raises(RuntimeError, match="already"):
+        capture.targets(stage)
+
+
+def test_collecting_inputs_does_not_move_on() -> None:
     qnn, inputs = with_grids(), noisy_inputs(3)
-    frontier = Frontier(qnn, inputs, chunk=2, device=torch.device("cpu"), storage=torch.device("cpu"))
-    stage = qnn.model.stages()[0]
-    units = qnn.units_of(stage)
-    first, again = frontier.observe(stage, units), frontier.observe(stage, units)
-    assert first.keys() == again.keys() == {"temb.dense.0", "temb.dense.1"}
-    for path in first:
-        assert_same((*first[path][0], first[path][1]), (*again[path][0], again[path][1]), path)
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=2)
+    unit = qnn.units_of(next(capture.stages()))[1]
+    assert_same(rows(capture.inputs(unit)), rows(capture.inputs(unit)), unit.path)
 
 
 def test_activation_ranges_are_found_in_network_order() -> None:
@@ -158,24 +172,21 @@ def test_rows_are_those_of_every_argument() -> None:
     assert target.tolist() == [40, 10]
 
 
-def test_on_the_host_features_stay_there() -> None:
-    qnn, inputs = with_grids(), noisy_inputs(2)
-    assert choose_storage(qnn, inputs, torch.device("cpu")) == torch.device("cpu")
-    one, two = (feature_bytes(qnn, tuple(x[:n] for x in inputs)) for n in (1, 2))
-    assert two == 2 * one
-    assert one >= 3 * 4 * 32 * 8 * 8  # both networks' feature map and a unit's data
-
-
-def test_data_stay_where_they_are_when_a_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = UnitData((torch.zeros(4, 3),), torch.zeros(4, 5))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 8 * 4, 10**9))  # as large as the data
-    assert data.near(torch.device("cuda")) is data
-    assert data.near(torch.device("cpu")) is data
+def test_rows_of_a_tail_follow() -> None:
+    """A set in two places gives the batches of one in one place."""
+    whole = torch.randn(9, 4, 3, 3), torch.arange(9.0), torch.randn(9, 2)
+    parts = [UnitData(tuple(x[a:b] for x in whole[:2]), whole[2][a:b]) for a, b in ((0, 5), (5, 9))]
+    data = UnitData(parts[0].inputs, parts[0].target, parts[1])
+    assert len(data) == 9
+    for index in ([0, 8, 4, 5], [1, 2], [6, 5]):
+        inputs, target = data.rows(torch.tensor(index), torch.device("cpu"))
+        for got, expected in zip((*inputs, target), whole, strict=True):
+            assert torch.equal(got, expected[index])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_data_move_to_a_gpu_with_room() -> None:
+def test_data_move_to_a_gpu() -> None:
     data = UnitData((torch.ones(4, 3),), torch.zeros(4, 5)).near(torch.device("cuda"))
     assert {data.target.device.type, data.inputs[0].device.type} == {"cuda"}
     assert data.inputs[0].sum() == 12

@@ -35,7 +35,7 @@ def unit_and_data(path: str, samples: int = 20, *, act_quant: bool = False) -> t
     for stage in capture.stages():
         for unit in qnn.units_of(stage):
             if unit.path == path:
-                return qnn, unit, UnitData(capture.inputs(unit), capture.targets(stage)[path])
+                return qnn, unit, capture.data(unit, capture.targets(stage))
     raise AssertionError(path)
 
 

@@ -1,0 +1,175 @@
+"""Where captured data wait: plans for a budget, and places that give back what was put into them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdiff import memory
+from qdiff.calibrate import calibrate
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.memory import BudgetError, Collector, MemoryBudget, MemoryPlan, Shelf, Sizes, mapped_empty, measure
+
+from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZES = Sizes(features=1000, units={"small": 100, "large": 400})
+ROWS = 50
+
+
+def plan(budget: MemoryBudget, device: torch.device = CPU, **options: object) -> MemoryPlan:
+    return MemoryPlan.make(SIZES, ROWS, budget, device, **({"chunk": 10, "compact": False} | options))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as far as plans can tell: 7000 bytes in use, plenty free."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(memory, "_LARGEST_BATCH", 1)
+    monkeypatch.setattr(memory, "_SMALLEST_CHUNK", 1)
+
+
+@pytest.mark.parametrize(("host_bytes", "place"), [(10**6, "host"), (239_999, "disk"), (240_000, "host")])
+def test_on_a_cpu_features_lie_in_memory_or_in_files(host_bytes: int, place: str) -> None:
+    """Both networks' features, 2 x 50 x 1000, and the largest unit's data, 50 x 400, in half the budget."""
+    made = plan(MemoryBudget(host_bytes=host_bytes))
+    assert (made.features, made.feature_bytes) == (place, 100_000)
+    assert made.gpu_rows("large") == ROWS
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_the_nearest_place_with_room() -> None:
+    assert plan(MemoryBudget(), CUDA).features == "gpu"
+    tight = plan(MemoryBudget(gpu_bytes=100_000, host_bytes=10**6), CUDA)
+    assert tight.features == "host"
+    assert tight.gpu_rows("small") == tight.gpu_rows("large") == ROWS
+    assert plan(MemoryBudget(gpu_bytes=100_000, host_bytes=150_000), CUDA).features == "disk"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_of_a_units_rows_as_many_are_near_as_fit() -> None:
+    made = plan(MemoryBudget(gpu_bytes=27_000, host_bytes=10**6), CUDA)  # 20 000 beside what is in use
+    assert made.chunk == 2  # of 10, halved until 6 x 400 x 2 is less than a third
+    room = 20_000 - 6 * 400 * 2
+    assert made.gpu_rows("large") == room // 400
+    assert made.gpu_rows("small") == ROWS
+    assert "1 of 2 units wholly on the GPU" in str(made)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_budget_below_what_computing_takes_is_refused() -> None:
+    with pytest.raises(BudgetError, match="--cali_gpu_gb"):
+        plan(MemoryBudget(gpu_bytes=8000), CUDA)
+
+
+def test_what_is_measured() -> None:
+    qnn, inputs = with_grids(), noisy_inputs(2)
+    sizes, half = (measure(qnn, tuple(x[:1] for x in inputs), compact=compact) for compact in (False, True))
+    assert sizes.units.keys() == {unit.path for unit in qnn.units()}
+    assert sizes.units["conv_in"] == 4 * (3 + 32) * 8 * 8
+    assert half.units["conv_in"] == sizes.units["conv_in"] // 2
+    assert sizes.features > 4 * 32 * 8 * 8
+    assert sizes.features / 2 <= half.features < sizes.features  # timesteps stay as they are
+
+
+def test_free_memory_is_found() -> None:
+    assert 10 * 2**20 < memory.free_host_bytes() < 2**46
+
+
+# Places.
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_shelves_give_back_what_was_put_on_them(place: str, compact: bool, tmp_path: Path) -> None:
+    shelf = Shelf(place, compact=compact, folder=tmp_path)
+    x = torch.randn(3, 4, 5, 6).half().float().contiguous(memory_format=torch.channels_last)
+    kept = shelf.keep(x)
+    assert kept.dtype == (torch.float16 if compact else torch.float32)
+    assert torch.equal(memory.unpacked(kept), x)
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+    assert shelf.keep(kept) is kept
+    t = torch.tensor([999.0, 1.0])
+    assert torch.equal(shelf.keep(t), t)
+    assert not list(tmp_path.iterdir())  # files have no name: a killed process leaves none behind
+
+
+def test_values_beyond_half_precision_stay_in_full() -> None:
+    x = torch.tensor([[1.0, 70_000.0]])
+    assert torch.equal(Shelf("host", compact=True).keep(x), x)
+
+
+def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        mapped_empty(torch.empty(4), tmp_path)
+    assert error.value.filename == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("near", [0, 1, 4, 5, 7])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_collected_rows_lie_near_and_far(near: int, pinned: bool, tmp_path: Path) -> None:
+    x, t = torch.randn(7, 2, 3, 3), torch.arange(7)
+    collector = Collector(7, near, compact=False, pinned=pinned, folder=tmp_path)
+    for part in (slice(0, 3), slice(3, 6), slice(6, 7)):
+        collector.add((x[part], t[part]))
+    head, tail = collector.parts()
+    assert [len(rows) for rows in head] == [near, near]
+    for whole, first, rest in zip((x, t), head, tail, strict=True):
+        assert torch.equal(torch.cat([first, rest]), whole)
+
+
+def test_a_collector_widens_when_it_must() -> None:
+    collector = Collector(4, 3, compact=True)
+    collector.add((torch.ones(2, 2),))
+    collector.add((torch.tensor([[1e5, 2.0], [3.0, 4.0]]),))
+    (head,), (tail,) = collector.parts()
+    assert torch.cat([head, tail]).tolist() == [[1, 1], [1, 1], [1e5, 2], [3, 4]]
+
+
+def test_missing_rows_are_noticed() -> None:
+    collector = Collector(4, 4, compact=False)
+    collector.add((torch.ones(3, 2),))
+    with pytest.raises(RuntimeError, match="3 of 4"):
+        collector.parts()
+
+
+# The result does not depend on it.
+
+
+def test_a_budget_changes_nothing_but_the_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results = []
+    for budget in (None, MemoryBudget(host_bytes=1000, folder=tmp_path)):
+        qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True))
+        with caplog.at_level("INFO", "qdiff"):
+            calibrate(qnn, calibration_set(6), CalibrationConfig(iters=3, iters_a=3, batch_size=4), budget=budget)
+        results.append(qnn.state_dict())
+    assert "features in host memory" in caplog.text
+    assert "features in files" in caplog.text
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_on_the_host_teach_a_gpu_the_same() -> None:
+    results = []
+    for gpu_rows in (None, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            if gpu_rows is not None:
+                patch.setattr(MemoryPlan, "gpu_rows", lambda self, path, rows=gpu_rows: rows)
+            qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True)).cuda()
+            config = CalibrationConfig(iters=25, iters_a=25, batch_size=4, precision="fp32", deterministic=True)
+            reports = calibrate(qnn, calibration_set(16), config)
+            results.append([report.loss_after for report in reports])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
