@@ -17,6 +17,7 @@ from ddim.config import ConfigError
 from ddim.pretrained import CheckpointUnavailable
 from qdiff.calibration_data import CalibrationSetError
 from qdiff.checkpoint import CheckpointError
+from qdiff.memory import BudgetError
 from qdiff.progress import ProgressError
 
 STATUS_WRONG_INPUT = 2
@@ -42,7 +43,15 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number
 
 
-EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointError, CheckpointUnavailable, ProgressError)
+EXPLAINED = (
+    UserError,
+    BudgetError,
+    ConfigError,
+    CalibrationSetError,
+    CheckpointError,
+    CheckpointUnavailable,
+    ProgressError,
+)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qdiff.config import ACT_BITS, WEIGHT_BITS
+from qdiff.config import ACT_BITS, PRECISIONS, WEIGHT_BITS, CalibrationConfig
 
 # What has a meaning only together with another flag.
 NEEDS_PTQ = (
@@ -224,6 +224,30 @@ def add_calibration_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--rs_sm_only", action="store_true", help="with --running_stat: only for attention maps after softmax"
+    )
+    group.add_argument(
+        "--cali_precision",
+        choices=PRECISIONS,
+        default=CalibrationConfig.precision,
+        help="arithmetic of the reconstruction on a GPU; a CPU computes in fp32",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: the same command gives the same checkpoint, byte for byte; slower",
+    )
+    group.add_argument(
+        "--cali_gpu_gb",
+        type=real(zero=False),
+        metavar="GB",
+        help="GPU memory the calibration may take in all [most of what is free]",
+    )
+    group.add_argument(
+        "--cali_host_gb",
+        type=real(zero=False),
+        metavar="GB",
+        help="host memory that captured data may take; what fits neither here nor there goes to files [most of what "
+        "is free]",
     )
     group.add_argument(
         "--tensorboard",

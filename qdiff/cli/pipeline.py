@@ -29,6 +29,7 @@ from qdiff.checkpoint import (
 from qdiff.cli.flags import Parser
 from qdiff.cli.run_folder import LOG_ONLY
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.memory import MemoryBudget
 from qdiff.progress import CalibrationProgress, identity
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
@@ -131,7 +132,15 @@ def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,
+        precision=args.cali_precision,
+        deterministic=args.deterministic,
     )
+
+
+def memory_budget(args: argparse.Namespace, folder: Path) -> MemoryBudget:
+    """What captured data may take; files of them lie in the run's folder."""
+    gpu, host = (None if gb is None else int(gb * 10**9) for gb in (args.cali_gpu_gb, args.cali_host_gb))
+    return MemoryBudget(gpu, host, folder)
 
 
 def _agreed(
@@ -198,6 +207,7 @@ def calibrate_and_save(
     model_config: dict[str, Any],
     *,
     tensorboard: bool = False,
+    budget: MemoryBudget | None = None,
 ) -> None:
     """Calibrate in place, on the device the network is on, and write the result in both forms.
 
@@ -208,6 +218,7 @@ def calibrate_and_save(
         folder: of the run.
         model_config: recorded in the checkpoints.
         tensorboard: write the curves of every unit.
+        budget: memory that captured data may take.
 
     Raises:
         ProgressError: the folder holds units of another calibration.
@@ -235,6 +246,7 @@ def calibrate_and_save(
             **options,
             on_unit=lambda unit: [listen(unit) for listen in listeners],
             progress=progress,
+            budget=budget,
         )
     if finished:
         logger.info("all units:\n%s", unit_table([unit.report for unit in finished]), extra=LOG_ONLY)

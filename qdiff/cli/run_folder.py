@@ -34,7 +34,7 @@ LOG_NAME = "run.log"
 GRID_NAME = "grid.png"
 
 # Options that say where or how fast, not what: a run may be continued with others.
-FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose", "tensorboard")
+FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose", "cali_gpu_gb", "cali_host_gb", "tensorboard")
 GRID_IMAGES = 64
 GRID_COLUMNS = 8
 

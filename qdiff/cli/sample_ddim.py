@@ -32,6 +32,7 @@ from qdiff.cli.pipeline import (
     QuantPlan,
     calibrate_and_save,
     make_plan,
+    memory_budget,
     quantized_model,
     remove_progress,
     room_needed,
@@ -135,8 +136,15 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig, command: 
         model = model.to(device)
         if plan is not None and plan.calibrates:
             with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
-                facts = config.to_dict()
-                calibrate_and_save(model, plan, data, folder.path, facts, tensorboard=args.tensorboard)
+                calibrate_and_save(
+                    model,
+                    plan,
+                    data,
+                    folder.path,
+                    config.to_dict(),
+                    tensorboard=args.tensorboard,
+                    budget=memory_budget(args, folder.path),
+                )
         else:
             remove_progress(folder.path)  # of a process that was killed between its checkpoints and their tidying up
         sample_images(model, sampler, config, folder, args)
