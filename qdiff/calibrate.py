@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges

@@ -60,7 +60,7 @@ class Clock(nn.Module):
         if index is None:
             raise RuntimeError("a time-dependent quantizer needs the batch's timesteps: call clock.set(t) before")
         if count % len(index):
-            raise RuntimeError(f"{count} rows do not belong to {len(index)} timesteps: clock.set(t) with this batch's t")
+            raise RuntimeError(f"{count} rows for {len(index)} timesteps: call clock.set(t) with this batch's t")
         return index if count == len(index) else index[:, None].expand(-1, count // len(index)).flatten()
 
     def extra_repr(self) -> str:

@@ -28,7 +28,9 @@ class OutputScale(nn.Module):
         activations: with quantized activations too, where they are calibrated.
     """
 
-    def __init__(self, timesteps: Sequence[float], weights: Sequence[float], activations: Sequence[float] | None = None):
+    def __init__(
+        self, timesteps: Sequence[float], weights: Sequence[float], activations: Sequence[float] | None = None
+    ):
         super().__init__()
         tables = {"timesteps": timesteps, "weights": weights, "activations": activations}
         for name, values in tables.items():
@@ -64,4 +66,6 @@ class OutputScale(nn.Module):
         return output * factor.to(output.dtype).view(-1, *(1,) * (output.dim() - 1))
 
     def extra_repr(self) -> str:
-        return f"{len(self.timesteps)} timesteps, {'weights' if self.activations is None else 'weights and activations'}"
+        return (
+            f"{len(self.timesteps)} timesteps, {'weights' if self.activations is None else 'weights and activations'}"
+        )

@@ -230,9 +230,7 @@ class RangeObserver:
         if self._range is None:
             raise RuntimeError("nothing was observed")
         if c.scale_method == "max":
-            return primitives.range_to_grid(
-                *self._range, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero
-            )
+            return primitives.range_to_grid(*self._range, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
         values = torch.cat([*self._values, torch.stack(self._range).float()])
         return primitives.search_grid(
             values, c.n_bits, symmetric=c.symmetric, channel_wise=False, always_zero=c.always_zero

@@ -50,7 +50,9 @@ def fit_output_scale(qnn: QuantModel, data: CalibrationSet, *, chunk: int = FIT_
     scales = {name: (products[name] / products["full"]).float() for name in states}
     for name, scale in scales.items():
         if not bool((scale > 0).all() and scale.isfinite().all()):
-            raise ValueError(f"the output with quantized {name} does not resemble the full-precision one: no scale fits")
+            raise ValueError(
+                f"no scale fits: with quantized {name} the output does not resemble the full-precision one"
+            )
     return OutputScale(timesteps, scales["weights"], scales.get("activations")).to(device)
 
 
