@@ -204,6 +204,7 @@ class RangeObserver:
         self.config, self.samples = config, samples
         self._range: tuple[Tensor, Tensor] | None = None
         self._values: list[Tensor] = []
+        self._complete = True
 
     @torch.no_grad()
     def add(self, x: Tensor, samples: int) -> None:
@@ -221,6 +222,7 @@ class RangeObserver:
         width, wanted = rows.shape[1], -(-SEARCH_VALUES // self.samples)
         if width <= wanted:
             return rows
+        self._complete = False
         places = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:wanted]  # a stride meets edges only
         return rows[:, places.to(rows.device)]
 
@@ -231,7 +233,7 @@ class RangeObserver:
             raise RuntimeError("nothing was observed")
         if c.scale_method == "max":
             return primitives.range_to_grid(*self._range, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
-        values = torch.cat([*self._values, torch.stack(self._range).float()])
+        values = torch.cat(self._values if self._complete else [*self._values, torch.stack(self._range).float()])
         return primitives.search_grid(
             values, c.n_bits, symmetric=c.symmetric, channel_wise=False, always_zero=c.always_zero
         )
