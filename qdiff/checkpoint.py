@@ -35,7 +35,7 @@ from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.version import __version__
 
 FORMAT = "qdiff-packed"
-FORMAT_VERSION = 2  # of files in which something depends on the timestep; all others are version 1
+FORMAT_VERSION = 2  # of files with timed ranges, a split input or an output scale; all others are version 1
 PREFIX = "model."
 
 
@@ -84,7 +84,7 @@ def save_published(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any]
         info: ``model_config`` and ``calibration`` to record.
 
     Raises:
-        CheckpointError: activation grids depend on the timestep, which this format cannot say.
+        CheckpointError: activations are quantized in a way that this format cannot say.
     """
     if not fits_published(qnn):
         raise CheckpointError(f"{path}: the published format has no place for {UNPUBLISHABLE}; save the packed form")
@@ -101,12 +101,12 @@ def save_published(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any]
     qnn.bake()
 
 
-UNPUBLISHABLE = "activation ranges that depend on the timestep"
+UNPUBLISHABLE = "activation ranges that depend on the timestep, or a split input"
 
 
 def fits_published(qnn: QuantModel) -> bool:
     """Whether the published format can hold a network's grids. It has no place for an output scale either way."""
-    return not (qnn.config.quant_act and qnn.timed_quantizers())
+    return qnn.config.published or not qnn.config.quant_act
 
 
 def save_packed(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> int:
@@ -158,8 +158,8 @@ def packed_bytes(qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> b
             index["act_groups"] = [q.delta.numel() for q in quantizers.values()]
     if qnn.output_scale is not None:
         tensors |= _scale_tensors(qnn.output_scale)
-    timed = "act_groups" in index or qnn.output_scale is not None
-    metadata = {"format_version": FORMAT_VERSION if timed else 1, "family": qnn.adapter.family, "index": index}
+    version = 1 if qnn.config.published and qnn.output_scale is None else FORMAT_VERSION
+    metadata = {"format_version": version, "family": qnn.adapter.family, "index": index}
     metadata |= _info_of(qnn, info).to_dict()
     # One entry, because safetensors writes several in no fixed order.
     return serialize(tensors, {FORMAT: json.dumps(metadata, separators=(",", ":"), sort_keys=True)})
@@ -452,7 +452,9 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
 
 
 def _check_config(path: Path, theirs: QuantConfig, ours: QuantConfig, *, quant_act: bool) -> None:
-    names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit", "timed_ranges"] if quant_act else [])
+    names = ["weight_bit", "split"] + (
+        ["act_bit", "a_sym", "sm_abit", "timed_ranges", "split_input"] if quant_act else []
+    )
     if quant_act and not theirs.quant_act:
         raise CheckpointError(
             f"{path} was calibrated without activations; leave --quant_act out, or calibrate them with --resume_w"

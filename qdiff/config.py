@@ -69,6 +69,8 @@ class QuantConfig:
             ``none``, the layers that see the network's ``input``, or ``all``.
         timesteps: the calibrated timesteps, ascending; where they are not known yet, empty. Only with
             ``timed_ranges``.
+        split_input: the layers that see the network's input quantize its negative and its positive values as two
+            tensors.
     """
 
     weight_bit: int = 8
@@ -81,6 +83,7 @@ class QuantConfig:
     act_range: RangeMethod = "max"
     timed_ranges: TimedRanges = "none"
     timesteps: tuple[float, ...] = ()
+    split_input: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("weight_bit", WEIGHT_BITS), ("act_bit", ACT_BITS), ("sm_abit", ACT_BITS)):
@@ -102,6 +105,11 @@ class QuantConfig:
         """Whether some activation grids depend on the timestep."""
         return self.timed_ranges != "none"
 
+    @property
+    def published(self) -> bool:
+        """Whether the published checkpoint format, and releases that knew it alone, can say what this says."""
+        return not (self.timed or self.split_input)
+
     def at_timesteps(self, t: Iterable[float]) -> QuantConfig:
         """The same with the distinct timesteps of a calibration set, where grids depend on them."""
         return dataclasses.replace(self, timesteps=tuple(sorted({float(v) for v in t}))) if self.timed else self
@@ -117,10 +125,10 @@ class QuantConfig:
         return QuantizerConfig(self.act_bit, symmetric=self.a_sym, scale_method=self.act_range, leaf_param=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values. What says that nothing depends on time is left out, so that earlier releases can read it."""
+        """Plain values. Options of later releases are left out where they are not used, for earlier ones to read."""
         facts = dataclasses.asdict(self)
-        if not self.timed:
-            del facts["timed_ranges"], facts["timesteps"]
+        if self.published:
+            del facts["timed_ranges"], facts["timesteps"], facts["split_input"]
         return facts
 
 

@@ -14,7 +14,7 @@ from qdiff.clock import Clock
 from qdiff.config import QuantConfig, QuantizerConfig, TimedRanges
 from qdiff.output_scale import OutputScale
 from qdiff.quant_block import BaseQuantBlock
-from qdiff.quant_layer import QUANTIZABLE, QuantModule, SplitQuantModule
+from qdiff.quant_layer import QUANTIZABLE, QuantModule, SignedInputQuantModule, SplitQuantModule
 from qdiff.quantizers import AdaRoundQuantizer, TimedQuantizer, UniformAffineQuantizer
 
 
@@ -67,6 +67,7 @@ class QuantModel(nn.Module):
         split: cut up-path shortcuts in two.
         timed_ranges, timesteps: which activation quantizers have a grid for each of these timesteps, see
             :class:`~qdiff.config.QuantConfig`.
+        split_input: quantize the network's input as two tensors, its negative and its positive values.
 
     Attributes:
         clock: what the time-dependent quantizers look up. A forward pass sets it; whoever runs stages or units of the
@@ -88,6 +89,7 @@ class QuantModel(nn.Module):
         split: bool = False,
         timed_ranges: TimedRanges = "none",
         timesteps: tuple[float, ...] = (),
+        split_input: bool = False,
     ):
         super().__init__()
         if any(isinstance(module, QuantModule) for module in model.modules()):
@@ -105,6 +107,7 @@ class QuantModel(nn.Module):
             act_range=act.scale_method,
             timed_ranges=timed_ranges,
             timesteps=timesteps,
+            split_input=split_input,
         )
         if self.config.timed and not self.config.timesteps:
             raise ValueError(f"timed_ranges={timed_ranges!r} needs timesteps, those of the calibration set")
@@ -129,18 +132,20 @@ class QuantModel(nn.Module):
             split=config.split,
             timed_ranges=config.timed_ranges,
             timesteps=config.timesteps,
+            split_input=config.split_input,
         )
         quantized.config = config
         return quantized
 
     def _wrap_layers(self, weight: QuantizerConfig, act: QuantizerConfig) -> None:
         cuts = dict(self.adapter.shortcuts(self.model)) if self.config.split else {}
+        inputs = set(self.adapter.inputs(self.model)) if self.config.split_input else ()
         layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, QUANTIZABLE)]
         for path, layer in layers:
             if path in cuts:
                 quantized = SplitQuantModule(layer, weight, act, split_channels=cuts[path])
             else:
-                quantized = QuantModule(layer, weight, act)
+                quantized = (SignedInputQuantModule if path in inputs else QuantModule)(layer, weight, act)
             _replace(self.model, path, quantized)
 
     def _wrap_blocks(self) -> None:

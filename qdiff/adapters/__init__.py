@@ -23,7 +23,7 @@ class Adapter:
         blocks: full-precision block class -> its quantized class.
         shortcuts: yields ``(path, decoder channels)`` of every layer over a concatenation that ``--split`` cuts.
         finish_block: adds a quantized block's own quantizers, given the quantization asked for.
-        inputs: yields the paths of the layers that see the noisy image itself.
+        inputs: yields the paths of the layers that see the noisy image itself, and nothing else.
     """
 
     family: str

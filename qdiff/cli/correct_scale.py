@@ -61,7 +61,6 @@ def build_parser() -> Parser:
     add_model_flags(parser)
     add_selection_flags(parser.add_argument_group("calibration set"), required=True)
     group = parser.add_argument_group("quantization", "of a checkpoint that does not say it itself")
-    group.add_argument("--quant_act", action="store_true", help="the checkpoint has quantized activations")
     add_quantizer_flags(group)
     add_machine_flags(parser.add_argument_group("general"))
     return parser

@@ -19,11 +19,11 @@ from qdiff.config import ACT_BITS, RANGE_METHODS, TIMED_RANGES, WEIGHT_BITS
 # What has a meaning only together with another flag.
 NEEDS_PTQ = (
     *("quant_mode", "weight_bit", "act_bit", "quant_act", "a_sym", "a_min_max", "split", "sm_abit"),
-    *("timed_ranges", "act_range", "range_samples", "running_stat", "rs_sm_only"),
+    *("timed_ranges", "split_input", "act_range", "range_samples", "running_stat", "rs_sm_only"),
     *("resume", "resume_w", "cali_ckpt", "correct_scale", "no_correct_scale"),
 )
 NEEDS_QUANT_ACT = (
-    *("act_bit", "a_sym", "a_min_max", "sm_abit", "timed_ranges", "act_range", "range_samples"),
+    *("act_bit", "a_sym", "a_min_max", "sm_abit", "timed_ranges", "split_input", "act_range", "range_samples"),
     *("running_stat", "rs_sm_only", "resume_w"),
 )
 
@@ -73,9 +73,9 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean {close[0]}?)" if close else " (--help lists the flags)"
 
     def flag(self, dest: str) -> str:
-        """The long form of a flag, as the user types it."""
+        """The long form of a flag, as the user types it; what help calls it where it is typed without a name."""
         action = next(a for a in self._actions if a.dest == dest)
-        return max(action.option_strings, key=len)
+        return max(action.option_strings, key=len, default=str(action.metavar))
 
 
 def choice_of(numbers: Sequence[int]) -> Callable[[str], int]:
@@ -192,6 +192,11 @@ def add_quantization_flags(
         default="none",
         help="activation ranges of their own for each calibrated timestep: of no layer, of those that see the noisy "
         "image (input), or of all; still static integers, looked up by the timestep",
+    )
+    group.add_argument(
+        "--split_input",
+        action="store_true",
+        help="quantize the noisy image as two tensors, its negative and its positive values, each with all its bits",
     )
 
 

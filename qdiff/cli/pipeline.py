@@ -38,7 +38,7 @@ MEBIBYTE = 2**20
 
 # Flags that a checkpoint answers by itself: those of its weights, and those of its activations.
 WEIGHT_FACTS = ("weight_bit", "split")
-ACTIVATION_FACTS = ("act_bit", "a_sym", "sm_abit", "timed_ranges")
+ACTIVATION_FACTS = ("act_bit", "a_sym", "sm_abit", "timed_ranges", "split_input")
 
 logger = logging.getLogger(__name__)
 
@@ -126,16 +126,18 @@ def settled_quant(
         split=args.split,
         sm_abit=args.sm_abit,
         timed_ranges=getattr(args, "timed_ranges", "none"),
+        split_input=getattr(args, "split_input", False),
         **ranges,
     )
     info = read_info(path) if path is not None else None
     if info is not None:
         _check_architecture(parser, args.config, path, info, architecture)
         quant = _agreed(parser, args, path, info, quant)
-    elif quant.timed and args.resume:
+    elif not quant.published and args.resume:
+        flag = f"--timed_ranges {quant.timed_ranges}" if quant.timed else "--split_input"
         parser.error(
-            f"--timed_ranges {quant.timed_ranges}: {path}, in the published format, has one range for all timesteps; "
-            "leave the flag out, or calibrate activations anew with --resume_w in place of --resume"
+            f"{flag}: {path}, in the published format, cannot have that; leave the flag out, or calibrate activations "
+            "anew with --resume_w in place of --resume"
         )
     return quant
 

@@ -61,6 +61,13 @@ def test_which_quantizers_have_grids_of_their_own() -> None:
     assert {q.delta.shape for q in qnn.timed_quantizers().values()} == {(len(TIMESTEPS),)}
 
 
+def test_a_split_input_is_timed_in_both_parts() -> None:
+    qnn = wrapped(dataclasses.replace(INPUT, split_input=True))
+    assert list(qnn.timed_quantizers()) == ["conv_in.act_quantizer", "conv_in.act_quantizer_positive"]
+    assert len(qnn.act_quantizers()) == len(wrapped(PLAIN).act_quantizers()) + 1
+    assert set(qnn.units()[2].act_quantizers()) == set(qnn.timed_quantizers().values())
+
+
 def test_timed_ranges_need_timesteps() -> None:
     with pytest.raises(ValueError, match="needs timesteps"):
         wrapped(QuantConfig(quant_act=True, timed_ranges="all"))
@@ -319,7 +326,7 @@ def test_timed_input_ranges_serve_an_almost_clean_image_better() -> None:
     x, t = inputs()
     clean = t == TIMESTEPS[0]
     errors = {}
-    for name, config in (("plain", PLAIN), ("input", INPUT)):
+    for name, config in (("plain", PLAIN), ("input", INPUT)):  # in a batch of clean images
         quantizer = ranged(dataclasses.replace(config, act_bit=4)).model.conv_in.act_quantizer
         if isinstance(quantizer, TimedQuantizer):
             quantizer.clock.set(t[clean])

@@ -244,10 +244,11 @@ def test_a_state_dictionary_one_level_down_is_found(tmp_path: Path, saved) -> No
     assert read_state(tmp_path / "x.pth").keys() == state.keys()
 
 
-# What depends on the timestep: packed files only.
+# What only packed files can say: timed ranges, a split input, an output scale.
 
 
 TIMESTEPS = (3.0, 90.0, 700.0)
+SPLIT_INPUT = dataclasses.replace(W4A8, split_input=True)
 SCALE = OutputScale(TIMESTEPS, (1.01, 0.99, 1.02), (0.5, 1.25, 1.5))
 
 
@@ -352,10 +353,32 @@ def test_bundled_files_of_version_one_still_load(name: str) -> None:
     assert qnn.output_scale is None
 
 
-def test_the_published_format_refuses_timed_ranges(saved, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no place for activation ranges that depend on the timestep; save the"):
-        saved("published", timed(**SMALL))
+def test_the_published_format_refuses_what_it_cannot_say(saved, tmp_path: Path) -> None:
+    for qnn in (timed(**SMALL), small(SPLIT_INPUT)):
+        with pytest.raises(CheckpointError, match=r"no place for activation ranges that .* or a split input; save the"):
+            saved("published", qnn)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["none", "input", "all"])
+def test_a_split_input_comes_back(saved, which: str) -> None:
+    timesteps = () if which == "none" else TIMESTEPS
+    qnn = as_calibrated(dataclasses.replace(SPLIT_INPUT, timed_ranges=which, timesteps=timesteps))
+    path = saved("packed", qnn)
+    assert format_version(path) == 2
+    assert read_info(path).quant == qnn.config
+    fresh = wrapped(qnn.config, seed=7)
+    load_quantized(path, fresh, quant_act=True)
+    assert torch.equal(output(fresh), output(qnn))
+    assert packed_bytes(fresh, info=INFO) == packed_bytes(qnn, info=INFO)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_with_and_without_a_split_input(saved, theirs: bool) -> None:
+    path = saved("packed", small(dataclasses.replace(W4A8, split_input=theirs)))
+    message = refused(path, dataclasses.replace(W4A8, split_input=not theirs))
+    assert ("with --split_input; add it" if theirs else "without --split_input; leave it out") in message
+    load_quantized(path, fresh_small(dataclasses.replace(W4A8, split_input=not theirs)), quant_act=False)
 
 
 def test_the_published_format_takes_timed_networks_without_their_activations(saved) -> None:
