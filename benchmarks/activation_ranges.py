@@ -5,7 +5,8 @@
 DIR holds what ``benchmarks/published_slips.py`` reads. CKPT is a checkpoint with calibrated 4-bit weights in the
 published format. Each case sets ranges on the calibration set and prints the output error, the mean of the 20 steps and
 the last ones: with all activations quantized, with the network's input alone, and with all others; on the 4-bit weights
-and on full-precision ones. ``s`` is the scale of the output on the calibration set, last timestep first.
+and on full-precision ones. With ``--scale`` also the scale of the output on the calibration set, last timestep first,
+and the error after dividing by it.
 
 A case is a list of flags of the sampling command, joined by commas: ``timed_ranges=all,act_range=mse,split_input``.
 """
@@ -67,7 +68,7 @@ def errors_of(qnn: QuantModel, inputs: HeldOutInputs, chosen: Callable[[str], bo
     return {"mean": round(error.mean().item(), 5), "last": [round(v, 4) for v in error[-SHOWN_STEPS:].tolist()]}
 
 
-def measure(qnn: QuantModel, held_out: HeldOutInputs, data: CalibrationSet) -> dict[str, Any]:
+def measure(qnn: QuantModel, held_out: HeldOutInputs) -> dict[str, Any]:
     images = set(qnn.adapter.inputs(qnn.model))
     result: dict[str, Any] = {}
     for name, quantized in (("w4", True), ("w32", False)):
@@ -75,11 +76,14 @@ def measure(qnn: QuantModel, held_out: HeldOutInputs, data: CalibrationSet) -> d
         result[f"{name}a8"] = errors_of(qnn, held_out, lambda path: True)
         result[f"{name}a8, input only"] = errors_of(qnn, held_out, lambda path: path in images)
         result[f"{name}a8, all but the input"] = errors_of(qnn, held_out, lambda path: path not in images)
+    return result
+
+
+def corrected(qnn: QuantModel, held_out: HeldOutInputs, data: CalibrationSet) -> dict[str, Any]:
     qnn.set_quant_state(True, True)
-    scale = fit_output_scale(qnn, data)
-    qnn.output_scale = scale
-    result["w4a8, divided by s"] = errors_of(qnn, held_out, lambda path: True)
-    return result | {"s": [round(v, 3) for v in scale.activations.tolist()]}
+    qnn.output_scale = scale = fit_output_scale(qnn, data)
+    s = [round(v, 3) for v in scale.activations.tolist()]
+    return {"s": s, "w4a8, divided by s": errors_of(qnn, held_out, lambda path: True)}
 
 
 def main() -> None:
@@ -90,6 +94,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="*", default=CASES)
     parser.add_argument("--cali_n", type=int, default=64, help="samples of each of the 20 steps")
     parser.add_argument("--range_samples", type=int, default=64, help="for ranges that are not timed; 0 for all")
+    parser.add_argument("--scale", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
@@ -108,7 +113,10 @@ def main() -> None:
         started = time.perf_counter()
         find_act_ranges(qnn, inputs, rows.to(args.device))
         seconds = round(time.perf_counter() - started, 1)
-        print(json.dumps({"case": case, "seconds": seconds, **measure(qnn, held_out, data)}), flush=True)
+        result = {"case": case, "seconds": seconds} | measure(qnn, held_out)
+        if args.scale:
+            result |= corrected(qnn, held_out, data)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
