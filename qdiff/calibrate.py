@@ -4,6 +4,7 @@
 2. Activation ranges: one forward pass in network order, with calibrated weights and every earlier quantizer on.
 3. If asked for: moving averages of those ranges over the whole set.
 4. Step sizes: unit by unit in network order (``qdiff`` mode).
+5. If asked for: the output's scale error, timestep by timestep.
 
 With a :class:`~qdiff.progress.CalibrationProgress` every finished unit is on the disk before the next one starts, and
 units that are there already are not learned again.
@@ -20,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
@@ -27,7 +29,6 @@ from qdiff.memory import Collector, MemoryBudget
 from qdiff.primitives import reconstruction_loss
 from qdiff.progress import CalibrationProgress, FinishedUnit
 from qdiff.quant_model import QuantModel, Unit, evaluating
-from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.reconstruction import (
     FIXED_BATCH,
     Phase,
@@ -37,6 +38,7 @@ from qdiff.reconstruction import (
     reconstruct_activations,
     reconstruct_weights,
 )
+from qdiff.scale_correction import fit_output_scale
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +91,8 @@ def calibrate(
         OSError: a finished unit could not be written.
     """
     quant_act = qnn.config.quant_act
-    if data is None and (quant_act or mode == "qdiff"):
-        raise ValueError("calibration samples are needed to learn rounding and to set activation ranges")
+    if data is None and (quant_act or mode == "qdiff" or config.correct_scale):
+        raise ValueError("calibration samples are needed to learn rounding, to set activation ranges or to fit scales")
     phases = learning_phases(qnn, mode=mode, weights_done=weights_done)
     tally = _Tally(len(qnn.units()) * len(phases), on_unit)
     with evaluating(qnn), arithmetic(capturing(config), next(qnn.parameters()).device):
@@ -104,6 +106,7 @@ def calibrate(
             if mode == "qdiff":
                 _reconstruct(qnn, data, config, "activations", tally, progress, budget)
     qnn.set_quant_state(True, quant_act)
+    qnn.output_scale = fit_output_scale(qnn, data) if config.correct_scale else None
     return tally.reports
 
 
@@ -221,7 +224,7 @@ def _set_act_ranges(
     if progress is not None and progress.restore_ranges(qnn):
         return
     inputs = _on_device(data, qnn)
-    find_act_ranges(qnn, tuple(x[range_rows(len(data.x), config)] for x in inputs))
+    find_act_ranges(qnn, inputs, range_rows(len(data.x), config))
     if config.running_stat:
         update_running_ranges(qnn, inputs, config)
     if progress is not None:
@@ -235,52 +238,9 @@ def _unit_seed(seed: int, phase: Phase, number: int) -> int:
 
 def network_inputs(data: CalibrationSet) -> tuple[Tensor, ...]:
     """The UNet's positional arguments: images, timesteps and, where there is one, context."""
-    return (data.x, data.t) if data.context is None else (data.x, data.t, data.context)
+    return data.inputs()
 
 
 def _on_device(data: CalibrationSet, qnn: QuantModel) -> tuple[Tensor, ...]:
     device = next(qnn.parameters()).device
     return tuple(x.to(device) for x in network_inputs(data))
-
-
-def range_rows(samples: int, config: CalibrationConfig) -> Tensor:
-    """Which samples set the first activation ranges."""
-    count = min(config.range_samples, samples)
-    if config.range_order == "first":
-        return torch.arange(count)
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(config.seed))[:count]
-
-
-@torch.no_grad()
-def find_act_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...]) -> None:
-    """Set every activation range from the first tensor its quantizer sees, all earlier quantizers already at work."""
-    quantizers = qnn.act_quantizers()
-    for quantizer in quantizers.values():
-        quantizer.ready = False
-    with qnn.quant_state(True, True):
-        qnn(*inputs)
-    unseen = [path for path, quantizer in quantizers.items() if not quantizer.ready]
-    if unseen:
-        raise RuntimeError(f"no activation reached the quantizer {unseen[0]} ({len(unseen)} in all)")
-
-
-@torch.no_grad()
-def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: CalibrationConfig) -> None:
-    """Average ranges over the whole set, batch by batch, every activation quantizer or those after softmax only."""
-    chosen = [
-        quantizer
-        for path, quantizer in qnn.act_quantizers().items()
-        if not config.rs_sm_only or path.endswith("act_quantizer_w")
-    ]
-    handles = [quantizer.register_forward_pre_hook(_update_range) for quantizer in chosen]
-    try:
-        with qnn.quant_state(True, True):
-            for batch in zip(*(x.split(config.batch_size) for x in inputs), strict=True):
-                qnn(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _update_range(quantizer: UniformAffineQuantizer, args: tuple[Tensor, ...]) -> None:
-    quantizer.update_range(args[0])

@@ -50,6 +50,10 @@ class CalibrationSet:
     def __len__(self) -> int:
         return len(self.x)
 
+    def inputs(self) -> tuple[Tensor, ...]:
+        """A network's positional arguments: images, timesteps and, where there is one, context."""
+        return (self.x, self.t) if self.context is None else (self.x, self.t, self.context)
+
 
 class SelectionArgs(Protocol):
     """What :func:`get_train_samples` reads of its first argument."""

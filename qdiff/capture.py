@@ -28,12 +28,19 @@ class UnitData:
         target: its full-precision output, N x ...
         tail: the rows that follow these.
         pinned: they lie in host memory that a GPU can read by itself.
+        t: the timestep of every row, for quantizers that depend on it.
     """
 
     def __init__(
-        self, inputs: tuple[Tensor, ...], target: Tensor, tail: UnitData | None = None, *, pinned: bool = False
+        self,
+        inputs: tuple[Tensor, ...],
+        target: Tensor,
+        tail: UnitData | None = None,
+        *,
+        pinned: bool = False,
+        t: Tensor | None = None,
     ):
-        self.inputs, self.target, self.tail, self.pinned = tuple(inputs), target, tail, pinned
+        self.inputs, self.target, self.tail, self.pinned, self.t = tuple(inputs), target, tail, pinned, t
 
     def __len__(self) -> int:
         return len(self.target) + (0 if self.tail is None else len(self.tail))
@@ -52,7 +59,8 @@ class UnitData:
 
     def near(self, device: torch.device) -> UnitData:
         """The same on a GPU."""
-        return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device), self.tail)
+        t = None if self.t is None else self.t.to(device)
+        return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device), self.tail, t=t)
 
 
 def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device) -> Tensor:
@@ -80,7 +88,7 @@ class Frontier:
     """
 
     def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], *, chunk: int, device: torch.device, shelf: Shelf):
-        self.unet, self.device, self.shelf = qnn.model, device, shelf
+        self.unet, self.clock, self.device, self.shelf = qnn.model, qnn.clock, device, shelf
         parts = zip(*(x.split(chunk) for x in inputs), strict=True)
         self._flows = [self._stored(self.unet.begin(*(x.to(device) for x in part))) for part in parts]
 
@@ -131,6 +139,7 @@ class Frontier:
 
     def _ready(self, flow: Any, stage: Any) -> Any:
         """What the stage takes, on the device in full precision; the rest of the flow stays as it waits."""
+        self.clock.set(flow.t.to(self.device))
         return flow.for_stage(stage, lambda x: unpacked(x.to(self.device)))
 
     def _stored(self, flow: Any) -> Any:
@@ -167,6 +176,7 @@ class PairedCapture:
     ):
         self.qnn, self.act_quant = qnn, act_quant
         self.device = next(qnn.parameters()).device
+        self.t = inputs[1].to(self.device)
         if self.device.type == "cuda":  # the layout that tensor cores read; every layer keeps it
             inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
         sizes = measure(qnn, tuple(x[:1].to(self.device) for x in inputs), compact=compact)
@@ -203,15 +213,15 @@ class PairedCapture:
 
     def data(self, unit: Unit, targets: dict[str, Collector]) -> UnitData:
         """A unit's inputs and its target, which is taken out of ``targets`` (of its stage, see :meth:`targets`)."""
-        return unit_data(self.inputs(unit), targets.pop(unit.path))
+        return unit_data(self.inputs(unit), targets.pop(unit.path), self.t)
 
 
-def unit_data(inputs: Collector, target: Collector) -> UnitData:
-    """What two collectors hold, as one set."""
+def unit_data(inputs: Collector, target: Collector, t: Tensor | None = None) -> UnitData:
+    """What two collectors hold, as one set, with the timesteps of its rows."""
     heads, tails = inputs.parts()
     (head,), target_tails = target.parts()
     tail = UnitData(tails, target_tails[0], pinned=inputs.pinned) if len(target_tails[0]) else None
-    return UnitData(heads, head, tail)
+    return UnitData(heads, head, tail, t=t)
 
 
 def observe_unit(

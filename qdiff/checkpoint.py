@@ -28,13 +28,14 @@ from torch import Tensor
 
 from qdiff.config import QuantConfig
 from qdiff.files import atomic_file, write_atomically
+from qdiff.output_scale import OutputScale
 from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.version import __version__
 
 FORMAT = "qdiff-packed"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of files with timed ranges, a split input or an output scale; all others are version 1
 PREFIX = "model."
 
 
@@ -59,7 +60,7 @@ class CheckpointInfo:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"quant": self.quant.to_dict()}
 
 
 def software_versions() -> dict[str, str]:
@@ -81,7 +82,12 @@ def save_published(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any]
         path: usually ``ckpt.pth``; the facts go to the same name with ``.json``.
         qnn: a calibrated model that still holds its full-precision weights.
         info: ``model_config`` and ``calibration`` to record.
+
+    Raises:
+        CheckpointError: activations are quantized in a way that this format cannot say.
     """
+    if not fits_published(qnn):
+        raise CheckpointError(f"{path}: the published format has no place for {UNPUBLISHABLE}; save the packed form")
     qnn.learn_rounding()  # round-to-nearest weights get the rounding variables that say the same
     state = {
         name: tensor.detach().cpu().float()
@@ -93,6 +99,14 @@ def save_published(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any]
     facts = _info_of(qnn, info).to_dict()
     write_atomically(Path(path).with_suffix(".json"), json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n")
     qnn.bake()
+
+
+UNPUBLISHABLE = "activation ranges that depend on the timestep, or a split input"
+
+
+def fits_published(qnn: QuantModel) -> bool:
+    """Whether the published format can hold a network's grids. It has no place for an output scale either way."""
+    return qnn.config.published or not qnn.config.quant_act
 
 
 def save_packed(path: str | Path, qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> int:
@@ -136,12 +150,24 @@ def packed_bytes(qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> b
     if qnn.config.quant_act:
         quantizers = qnn.act_quantizers()
         index["act"] = list(quantizers)
-        tensors["act_delta"] = torch.stack([q.delta.detach().cpu().float() for q in quantizers.values()])
-        tensors["act_zero_point"] = torch.stack([q.zero_point.cpu().to(torch.int32) for q in quantizers.values()])
-    metadata = {"format_version": FORMAT_VERSION, "family": qnn.adapter.family, "index": index}
+        tensors["act_delta"] = torch.cat([q.delta.detach().cpu().float().flatten() for q in quantizers.values()])
+        tensors["act_zero_point"] = torch.cat(
+            [q.zero_point.cpu().to(torch.int32).flatten() for q in quantizers.values()]
+        )
+        if qnn.timed_quantizers():
+            index["act_groups"] = [q.delta.numel() for q in quantizers.values()]
+    if qnn.output_scale is not None:
+        tensors |= _scale_tensors(qnn.output_scale)
+    version = 1 if qnn.config.published and qnn.output_scale is None else FORMAT_VERSION
+    metadata = {"format_version": version, "family": qnn.adapter.family, "index": index}
     metadata |= _info_of(qnn, info).to_dict()
     # One entry, because safetensors writes several in no fixed order.
     return serialize(tensors, {FORMAT: json.dumps(metadata, separators=(",", ":"), sort_keys=True)})
+
+
+def _scale_tensors(scale: OutputScale) -> dict[str, Tensor]:
+    tables = {"timesteps": scale.timesteps, "weights": scale.weights, "activations": scale.activations}
+    return {f"scale_{name}": table.cpu().contiguous() for name, table in tables.items() if table is not None}
 
 
 def size_report(qnn: QuantModel, packed_size: int) -> str:
@@ -206,7 +232,13 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
 
 
 def load_quantized(
-    path: str | Path, qnn: QuantModel, *, quant_act: bool, weights_only: bool = False, keep_full_precision: bool = False
+    path: str | Path,
+    qnn: QuantModel,
+    *,
+    quant_act: bool,
+    weights_only: bool = False,
+    keep_full_precision: bool = False,
+    correct_scale: bool = True,
 ) -> None:
     """Load a calibrated checkpoint of either form into a wrapped UNet, exactly as it was calibrated.
 
@@ -216,18 +248,43 @@ def load_quantized(
         weights_only: leave activation grids alone, whether or not the file has them (``--resume_w``).
         keep_full_precision: the UNet holds the full-precision weights and needs them again, as targets. Packed files
             replace the weights otherwise.
+        correct_scale: apply the output scale of a packed file that has one; never with ``weights_only``, which is for
+            calibrating further.
 
     Raises:
         CheckpointError: what differs, and the flag that would make it fit.
     """
     path = _existing(path)
     wants_act = quant_act and not weights_only
+    qnn.output_scale = None
     if is_packed(path):
         _load_packed(path, qnn, quant_act=wants_act, keep_full_precision=keep_full_precision)
+        if correct_scale and not weights_only and (scale := read_output_scale(path)) is not None:
+            qnn.output_scale = scale.to(next(qnn.parameters()).device)
     else:
         _load_published(path, qnn, quant_act=wants_act)
     qnn.bake()
     qnn.set_quant_state(True, wants_act)
+
+
+def read_output_scale(path: str | Path) -> OutputScale | None:
+    """The output scale in a packed file; None where it has none, as every published file.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read, or its scales are damaged.
+    """
+    path = _existing(path)
+    if not is_packed(path):
+        return None
+    tensors = _read_tensors(path, prefix="scale_")
+    if not tensors:
+        return None
+    try:
+        return OutputScale(**{name.removeprefix("scale_"): table for name, table in tensors.items()})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its output scale cannot be used: {error}; --no_correct_scale does without"
+        ) from None
 
 
 def resume_cali_model(
@@ -388,12 +445,16 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
         full[name].data.copy_(values.take(math.prod(shape)).view(shape))
     if quant_act:
         quantizers = qnn.act_quantizers()
-        for name, delta, zero in zip(index["act"], tensors["act_delta"], tensors["act_zero_point"], strict=True):
-            quantizers[name].set_grid(delta, zero)
+        deltas, zeros = _Cursor(tensors["act_delta"]), _Cursor(tensors["act_zero_point"])
+        for name, groups in zip(index["act"], index.get("act_groups", [1] * len(index["act"])), strict=True):
+            shape = quantizers[name].delta.shape
+            quantizers[name].set_grid(deltas.take(groups).view(shape), zeros.take(groups).view(shape))
 
 
 def _check_config(path: Path, theirs: QuantConfig, ours: QuantConfig, *, quant_act: bool) -> None:
-    names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant_act else [])
+    names = ["weight_bit", "split"] + (
+        ["act_bit", "a_sym", "sm_abit", "timed_ranges", "split_input"] if quant_act else []
+    )
     if quant_act and not theirs.quant_act:
         raise CheckpointError(
             f"{path} was calibrated without activations; leave --quant_act out, or calibrate them with --resume_w"
@@ -406,6 +467,8 @@ def _check_config(path: Path, theirs: QuantConfig, ours: QuantConfig, *, quant_a
             remedy = f"with --{name}; add it" if there else f"without --{name}; leave it out"
             raise CheckpointError(f"{path} was calibrated {remedy}")
         raise CheckpointError(f"{path} was calibrated with --{name} {there}, not {here}")
+    if quant_act and ours.timesteps != theirs.timesteps:
+        raise CheckpointError(f"{path} has activation ranges for other timesteps; wrap the network as its header says")
 
 
 class _Cursor:
@@ -491,10 +554,10 @@ def _metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 

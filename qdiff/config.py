@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 RangeMethod = Literal["max", "mse"]
+TimedRanges = Literal["none", "input", "all"]
 
 WEIGHT_BITS = tuple(range(2, 9))
 ACT_BITS = (*range(2, 9), 16)
 RANGE_METHODS = ("max", "mse")
 PRECISIONS = ("fp32", "tf32", "bf16")
 ENGINES = ("fast", "eager")
+TIMED_RANGES = ("none", "input", "all")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,12 @@ class QuantConfig:
         a_sym: symmetric activation quantizers.
         split: quantize the halves of each up-path shortcut separately (Q-Diffusion, section 3.3).
         weight_range, act_range: how ranges are found before reconstruction.
+        timed_ranges: which activation quantizers have a grid for each calibrated timestep in place of one for all:
+            ``none``, the layers that see the network's ``input``, or ``all``.
+        timesteps: the calibrated timesteps, ascending; where they are not known yet, empty. Only with
+            ``timed_ranges``.
+        split_input: the layers that see the network's input quantize its negative and its positive values as two
+            tensors.
     """
 
     weight_bit: int = 8
@@ -73,6 +83,9 @@ class QuantConfig:
     sm_abit: int = 8
     weight_range: RangeMethod = "max"
     act_range: RangeMethod = "max"
+    timed_ranges: TimedRanges = "none"
+    timesteps: tuple[float, ...] = ()
+    split_input: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("weight_bit", WEIGHT_BITS), ("act_bit", ACT_BITS), ("sm_abit", ACT_BITS)):
@@ -81,6 +94,27 @@ class QuantConfig:
         for name in ("weight_range", "act_range"):
             if getattr(self, name) not in RANGE_METHODS:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(RANGE_METHODS)}")
+        if self.timed_ranges not in TIMED_RANGES:
+            raise ValueError(f"timed_ranges={self.timed_ranges!r}: choose one of {', '.join(TIMED_RANGES)}")
+        object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))  # a list, as JSON has it
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.timesteps)):
+            raise ValueError(f"timesteps={self.timesteps}: must ascend, without repetition")
+        if self.timesteps and not self.timed:
+            raise ValueError("timesteps without timed_ranges: nothing depends on them")
+
+    @property
+    def timed(self) -> bool:
+        """Whether some activation grids depend on the timestep."""
+        return self.timed_ranges != "none"
+
+    @property
+    def published(self) -> bool:
+        """Whether the published checkpoint format, and releases that knew it alone, can say what this says."""
+        return not (self.timed or self.split_input)
+
+    def at_timesteps(self, t: Iterable[float]) -> QuantConfig:
+        """The same with the distinct timesteps of a calibration set, where grids depend on them."""
+        return dataclasses.replace(self, timesteps=tuple(sorted({float(v) for v in t}))) if self.timed else self
 
     @property
     def weight(self) -> QuantizerConfig:
@@ -93,7 +127,11 @@ class QuantConfig:
         return QuantizerConfig(self.act_bit, symmetric=self.a_sym, scale_method=self.act_range, leaf_param=True)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values. Options of later releases are left out where they are not used, for earlier ones to read."""
+        facts = dataclasses.asdict(self)
+        if self.published:
+            del facts["timed_ranges"], facts["timesteps"], facts["split_input"]
+        return facts
 
 
 @dataclass(frozen=True)
@@ -107,12 +145,14 @@ class CalibrationConfig:
         p: exponent of the activation loss; the weight loss is quadratic.
         round_weight: weight of the rounding regulariser; beta_start, beta_end, warmup: its exponent falls linearly
             after ``warmup`` (a share of the iterations) during which it is off.
-        range_samples: how many calibration samples set the first activation ranges; range_order: which ones.
+        range_samples: how many calibration samples set the first activation ranges, None for the whole set;
+            range_order: which ones. Grids that depend on the timestep always use all samples of their timestep.
         running_stat: average the ranges over the whole set first (momentum 0.95); rs_sm_only: softmax maps only.
         seed: of every draw; the same seed gives the same checkpoint.
         precision: of the reconstruction's arithmetic on a GPU; a CPU computes in fp32.
         engine: ``fast``, or ``eager``: all of it left to autograd in fp32, the oracle.
         deterministic: on a GPU, kernels that give the same bits every time, none chosen by a stopwatch.
+        correct_scale: fit the output's scale error, timestep by timestep, when all else is done.
     """
 
     iters: int = 20_000
@@ -125,7 +165,7 @@ class CalibrationConfig:
     beta_start: float = 20.0
     beta_end: float = 2.0
     warmup: float = 0.2
-    range_samples: int = 64
+    range_samples: int | None = 64
     range_order: Literal["random", "first"] = "random"
     running_stat: bool = False
     rs_sm_only: bool = False
@@ -133,11 +173,12 @@ class CalibrationConfig:
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     engine: Literal["fast", "eager"] = "fast"
     deterministic: bool = False
+    correct_scale: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "range_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
         for name in ("iters", "iters_a"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")

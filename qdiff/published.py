@@ -69,7 +69,7 @@ def block_reconstruction(
         with model.quant_state(False, False):
             _, target = observe_unit(model, unit, cali_data, batch_size)
     reconstruct = reconstruct_activations if act_quant else reconstruct_weights
-    return reconstruct(unit, UnitData(inputs, target), config, seed=seed)
+    return reconstruct(unit, UnitData(inputs, target, t=cali_data[1]), config, seed=seed)
 
 
 layer_reconstruction = block_reconstruction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -201,6 +202,32 @@ class SplitQuantModule(QuantModule):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, split at channel {self.split_channels}"
+
+
+class SignedInputQuantModule(QuantModule):
+    """A layer that quantizes the negative and the positive values of its input as two tensors.
+
+    A layer is linear in its input: layer(x) = layer(min(x, 0)) + layer(max(x, 0)), so both parts can be b-bit integers
+    that pass through the same integer weights, at the cost of passing twice. Each part takes half the range, which
+    halves the step: for the first layer of a diffusion model, whose input holds noise as small as a step.
+
+    ``act_quantizer`` takes the negative values, ``act_quantizer_positive`` the others.
+    """
+
+    def _add_quantizers(self) -> None:
+        super()._add_quantizers()
+        one_sided = dataclasses.replace(self._act_config, symmetric=False)
+        self.act_quantizer = UniformAffineQuantizer.from_config(one_sided)
+        self.act_quantizer_positive = UniformAffineQuantizer.from_config(one_sided)
+
+    def act_quantizers(self) -> list[UniformAffineQuantizer]:
+        return [self.act_quantizer, self.act_quantizer_positive]
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        return self.act_quantizer(x.clamp(max=0)) + self.act_quantizer_positive(x.clamp(min=0))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, input split at 0"
 
 
 def _operation_of(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from qdiff.adapters import find_adapter
-from qdiff.config import QuantConfig, QuantizerConfig
+from qdiff.clock import Clock
+from qdiff.config import QuantConfig, QuantizerConfig, TimedRanges
+from qdiff.output_scale import OutputScale
 from qdiff.quant_block import BaseQuantBlock
-from qdiff.quant_layer import QUANTIZABLE, QuantModule, SplitQuantModule
-from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
+from qdiff.quant_layer import QUANTIZABLE, QuantModule, SignedInputQuantModule, SplitQuantModule
+from qdiff.quantizers import AdaRoundQuantizer, TimedQuantizer, UniformAffineQuantizer
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Unit:
     Attributes:
         path: of the module in the UNet, as in checkpoints but for the leading ``model.``.
         stage: the step of the UNet's forward pass in which it runs.
+        clock: the network's. Who runs the unit alone sets it to the timesteps of the batch: ``unit.clock.set(t)``.
     """
 
     path: str
     module: QuantModule | BaseQuantBlock
     stage: Any
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def kind(self) -> str:
@@ -61,10 +65,18 @@ class QuantModel(nn.Module):
             ``scale_method``, ``leaf_param``, ``always_zero``) or configs.
         sm_abit: bits of attention maps after softmax.
         split: cut up-path shortcuts in two.
+        timed_ranges, timesteps: which activation quantizers have a grid for each of these timesteps, see
+            :class:`~qdiff.config.QuantConfig`.
+        split_input: quantize the network's input as two tensors, its negative and its positive values.
+
+    Attributes:
+        clock: what the time-dependent quantizers look up. A forward pass sets it; whoever runs stages or units of the
+            network alone sets it to the batch's timesteps. Setting it costs nothing where no grid depends on time.
+        output_scale: divides the output of the quantized network, where there is one (PTQD).
 
     Raises:
         TypeError: the class of ``model`` is not known.
-        ValueError: ``model`` is wrapped already.
+        ValueError: ``model`` is wrapped already, or grids are to depend on timesteps that are not given.
     """
 
     def __init__(
@@ -75,6 +87,9 @@ class QuantModel(nn.Module):
         sm_abit: int = 8,
         *,
         split: bool = False,
+        timed_ranges: TimedRanges = "none",
+        timesteps: tuple[float, ...] = (),
+        split_input: bool = False,
     ):
         super().__init__()
         if any(isinstance(module, QuantModule) for module in model.modules()):
@@ -90,29 +105,48 @@ class QuantModel(nn.Module):
             sm_abit=sm_abit,
             weight_range=weight.scale_method,
             act_range=act.scale_method,
+            timed_ranges=timed_ranges,
+            timesteps=timesteps,
+            split_input=split_input,
         )
+        if self.config.timed and not self.config.timesteps:
+            raise ValueError(f"timed_ranges={timed_ranges!r} needs timesteps, those of the calibration set")
         self.adapter = find_adapter(model)
         self.model = model
+        self.clock = Clock(self.config.timesteps)
+        self.output_scale: OutputScale | None = None
+        self.use_weight_quant = self.use_act_quant = False
         self._wrap_layers(weight, act)
         self._wrap_blocks()
+        self._time_quantizers()
         self.to(next(model.parameters()).device)  # the quantizers too
         self.train(model.training)
 
     @classmethod
     def from_config(cls, model: nn.Module, config: QuantConfig) -> QuantModel:
         """Wrap ``model`` as a :class:`~qdiff.config.QuantConfig` says."""
-        quantized = cls(model, config.weight, config.act, config.sm_abit, split=config.split)
+        quantized = cls(
+            model,
+            config.weight,
+            config.act,
+            config.sm_abit,
+            split=config.split,
+            timed_ranges=config.timed_ranges,
+            timesteps=config.timesteps,
+            split_input=config.split_input,
+        )
         quantized.config = config
         return quantized
 
     def _wrap_layers(self, weight: QuantizerConfig, act: QuantizerConfig) -> None:
         cuts = dict(self.adapter.shortcuts(self.model)) if self.config.split else {}
+        inputs = set(self.adapter.inputs(self.model)) if self.config.split_input else ()
         layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, QUANTIZABLE)]
         for path, layer in layers:
             if path in cuts:
                 quantized = SplitQuantModule(layer, weight, act, split_channels=cuts[path])
             else:
-                quantized = QuantModule(layer, weight, act)
+                quantized = (SignedInputQuantModule if path in inputs else QuantModule)(layer, weight, act)
             _replace(self.model, path, quantized)
 
     def _wrap_blocks(self) -> None:
@@ -122,8 +156,22 @@ class QuantModel(nn.Module):
             self.adapter.finish_block(quantized, self.config)
             _replace(self.model, path, quantized)
 
+    def _time_quantizers(self) -> None:
+        """Give the chosen activation quantizers a grid for each timestep."""
+        if not self.config.timed:
+            return
+        inputs = tuple(f"{path}." for path in self.adapter.inputs(self.model))
+        for path, quantizer in self.act_quantizers().items():
+            if self.config.timed_ranges == "all" or path.startswith(inputs):
+                _replace(self.model, path, TimedQuantizer(quantizer.config, self.clock))
+
     def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model(x, t, *args, **kwargs)
+        self.clock.set(t)
+        output = self.model(x, t, *args, **kwargs)
+        self.clock.clear()
+        if self.output_scale is not None and self.use_weight_quant:
+            output = self.output_scale.correct(output, t, act_quant=self.use_act_quant)
+        return output
 
     # Looking inside.
 
@@ -139,28 +187,29 @@ class QuantModel(nn.Module):
             if isinstance(module, UniformAffineQuantizer) and "act_quantizer" in path.rpartition(".")[2]
         }
 
+    def timed_quantizers(self) -> dict[str, TimedQuantizer]:
+        """Those whose grid depends on the timestep."""
+        return {path: q for path, q in self.act_quantizers().items() if isinstance(q, TimedQuantizer)}
+
     def units(self) -> list[Unit]:
         """What is reconstructed, in the order in which the network runs it."""
         return [unit for stage in self.model.stages() for unit in self.units_of(stage)]
 
     def units_of(self, stage: Any) -> list[Unit]:
         """The units that run within one stage of the forward pass."""
-        return list(_units_below(stage.path, self.model.get_submodule(stage.path), stage))
+        return list(_units_below(stage.path, self.model.get_submodule(stage.path), stage, self.clock))
 
     # Switching quantization.
 
     def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
         """Quantize weights and activations from now on, or not."""
-        for module in self.modules():
-            if isinstance(module, QuantModule):
-                module.set_quant_state(weight_quant, act_quant)
-            elif isinstance(module, BaseQuantBlock):
-                module.use_weight_quant, module.use_act_quant = weight_quant, act_quant
+        for module in self._switches():
+            module.use_weight_quant, module.use_act_quant = weight_quant, act_quant
 
     @contextlib.contextmanager
     def quant_state(self, weight_quant: bool, act_quant: bool) -> Iterator[None]:
         """The same for the length of a ``with`` block."""
-        modules = [m for m in self.modules() if isinstance(m, QuantModule | BaseQuantBlock)]
+        modules = self._switches()
         before = [(m.use_weight_quant, m.use_act_quant) for m in modules]
         self.set_quant_state(weight_quant, act_quant)
         try:
@@ -168,6 +217,9 @@ class QuantModel(nn.Module):
         finally:
             for module, flags in zip(modules, before, strict=True):
                 module.use_weight_quant, module.use_act_quant = flags
+
+    def _switches(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, QuantModel | QuantModule | BaseQuantBlock)]
 
     def find_weight_grids(self) -> None:
         """Set every weight's grid from the weight itself: round to nearest."""
@@ -196,12 +248,12 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def _units_below(path: str, module: nn.Module, stage: Any) -> Iterator[Unit]:
+def _units_below(path: str, module: nn.Module, stage: Any, clock: Clock) -> Iterator[Unit]:
     if isinstance(module, QuantModule | BaseQuantBlock):
-        yield Unit(path, module, stage)
+        yield Unit(path, module, stage, clock)
         return
     for name, child in module.named_children():
-        yield from _units_below(f"{path}.{name}", child, stage)
+        yield from _units_below(f"{path}.{name}", child, stage, clock)
 
 
 @contextlib.contextmanager

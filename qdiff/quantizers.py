@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import primitives
+from qdiff.clock import Clock
 from qdiff.config import QuantizerConfig, RangeMethod
 
 RANGE_MOMENTUM = 0.95
+SEARCH_VALUES = 2**17  # of a whole set's values that an error search looks at
 SMALLEST_ALPHA = 1e-6  # still negative in float16, in which rounding variables may be stored
 
 
@@ -134,6 +136,107 @@ class UniformAffineQuantizer(nn.Module):
         c = self.config
         grid = "symmetric" if c.symmetric else "z = 0" if c.always_zero else "asymmetric"
         return f"{c.n_bits} bits, {grid}, {c.scale_method}{', per channel' if c.channel_wise else ''}"
+
+
+class TimedQuantizer(UniformAffineQuantizer):
+    """An activation quantizer with a grid of its own for each group of timesteps: still b-bit integers, a tensor at a
+    time, one table lookup a step.
+
+    Row n of its input uses the grid of sample n's timestep, which the clock knows. A batch may mix timesteps.
+
+    Args:
+        config: of one grid; not channel-wise.
+        clock: shared with the network, which sets it to each batch's timesteps.
+
+    Attributes:
+        delta, zero_point: K values, one for each group of the clock.
+    """
+
+    def __init__(self, config: QuantizerConfig, clock: Clock):
+        if config.channel_wise:
+            raise ValueError("channel_wise=True: a time-dependent quantizer has one range for a whole tensor")
+        if not clock.groups:
+            raise ValueError("the clock has no timesteps to have grids for")
+        c = config
+        grid_shape = (clock.groups,)
+        super().__init__(
+            c.n_bits, c.symmetric, c.channel_wise, c.scale_method, c.leaf_param, c.always_zero, grid_shape=grid_shape
+        )
+        self.clock = clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.find_grid(x)
+        index = self.clock.rows(len(x))
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        delta, lo, hi = (table.index_select(0, index).view(shape) for table in (self.delta, *self._shifted))
+        return primitives.fake_quantize(x, delta, lo, hi).to(x.dtype)  # a grid a row would widen half precision
+
+    @torch.no_grad()
+    def set_grid(self, delta: Tensor, zero_point: Tensor) -> None:
+        """Take over K grids, or one for every group."""
+        shape = (self.clock.groups,)
+        super().set_grid(delta.detach().expand(shape), zero_point.detach().expand(shape))
+
+    @torch.no_grad()
+    def set_group(self, group: int, delta: Tensor, zero_point: Tensor) -> None:
+        """Take over the grid of one group, each 0-dim."""
+        self.delta.data[group] = delta
+        self.zero_point[group] = zero_point
+        self._mark_ready()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.clock.groups} groups of timesteps"
+
+
+class RangeObserver:
+    """What reaches a quantizer in pieces, as much of it as its grid is found from.
+
+    Minimum and maximum are exact. An error search sees about ``SEARCH_VALUES`` values, at the same places in every
+    sample, so that the grid does not depend on how the samples were divided into pieces.
+
+    Args:
+        config: of the quantizer.
+        samples: how many samples there will be in all.
+    """
+
+    def __init__(self, config: QuantizerConfig, samples: int):
+        self.config, self.samples = config, samples
+        self._range: tuple[Tensor, Tensor] | None = None
+        self._values: list[Tensor] = []
+        self._complete = True
+
+    @torch.no_grad()
+    def add(self, x: Tensor, samples: int) -> None:
+        """Args:
+        x: what reached the quantizer, from ``samples`` samples; axis 0 is theirs.
+        """
+        lowest, highest = primitives.observed_range(x, channel_wise=False)
+        if self._range is not None:
+            lowest, highest = torch.minimum(lowest, self._range[0]), torch.maximum(highest, self._range[1])
+        self._range = lowest, highest
+        if self.config.scale_method == "mse":
+            self._values.append(self._some_of(x.detach().reshape(samples, -1)).flatten().float())
+
+    def _some_of(self, rows: Tensor) -> Tensor:
+        width, wanted = rows.shape[1], -(-SEARCH_VALUES // self.samples)
+        if width <= wanted:
+            return rows
+        self._complete = False
+        places = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:wanted]  # a stride meets edges only
+        return rows[:, places.to(rows.device)]
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """``(delta, zero_point)``, each 0-dim."""
+        c = self.config
+        if self._range is None:
+            raise RuntimeError("nothing was observed")
+        if c.scale_method == "max":
+            return primitives.range_to_grid(*self._range, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
+        values = torch.cat(self._values if self._complete else [*self._values, torch.stack(self._range).float()])
+        return primitives.search_grid(
+            values, c.n_bits, symmetric=c.symmetric, channel_wise=False, always_zero=c.always_zero
+        )
 
 
 class AdaRoundQuantizer(nn.Module):

@@ -241,7 +241,14 @@ def fixed_batch_loss(unit: Unit, data: UnitData, *, p: float) -> float:
     """The reconstruction loss on evenly spaced samples of the set: the same ones before and after."""
     index = torch.linspace(0, len(data) - 1, min(FIXED_BATCH, len(data))).long()
     inputs, target = data.rows(index, device_of(unit))
+    set_clock(unit, data, index)
     return reconstruction_loss(unit.module(*inputs), target, p).item()
+
+
+def set_clock(unit: Unit, data: UnitData, index: Tensor) -> None:
+    """Tell quantizers that depend on it which timesteps the batch is from."""
+    if unit.clock.groups and data.t is not None:
+        unit.clock.set(data.t.index_select(0, index.to(data.t.device)))
 
 
 def draw_batches(samples: int, batch_size: int, iterations: int, seed: int) -> Tensor:
@@ -388,6 +395,7 @@ class _Loop:
         oracle = isinstance(self.learner, _EagerLearner)
         for k in range(start, stop):
             inputs, target = self.data.rows(self.draws[k], self.device)
+            set_clock(self.unit, self.data, self.draws[k])
             prediction = self.module(*inputs)
             share = prediction.shape[0] / self.batch  # of the batch that this process sees
             if oracle:
@@ -507,6 +515,8 @@ class _Stage:
     def _compute(self, buffers: list[Tensor]) -> None:
         loop = self.loop
         inputs = [fused.from_rows(b, s) for b, s in zip(buffers[:-1], self.shapes, strict=True)]
+        if loop.unit.clock.groups:
+            set_clock(loop.unit, loop.data, self._rows())
         prediction = loop.module(*inputs)
         slope = self._slope(prediction.detach(), buffers[-1])
         gradients = torch.autograd.grad(prediction, loop.learner.leaves, slope)

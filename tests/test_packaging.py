@@ -181,6 +181,45 @@ def test_reader_in_the_formats_page_reads_packed_weights(bits: int, tmp_path: Pa
         assert torch.equal(torch.from_numpy(weights[name]), layer.baked_weight), name
 
 
+def test_readers_in_the_formats_page_read_grids_and_scales(tmp_path: Path) -> None:
+    import torch
+
+    from ddim.config import load_config
+    from ddim.unet import UNet
+    from qdiff.checkpoint import save_packed
+    from qdiff.config import QuantConfig
+    from qdiff.output_scale import OutputScale
+    from qdiff.quant_model import QuantModel
+
+    page = (ROOT / "docs" / "formats.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    config = load_config(ROOT / "configs" / "fashion_mnist.yml")
+    bundled = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8.safetensors"
+    assert len(names["read_activation_grids"](bundled)) > 50
+    assert names["read_scale"](bundled, 10, True) == 1
+
+    quant = QuantConfig(4, quant_act=True, timed_ranges="input", timesteps=(1, 50, 900), split_input=True)
+    qnn = QuantModel.from_config(UNet.from_config(config), quant)
+    qnn.find_weight_grids()
+    for quantizer in qnn.act_quantizers().values():
+        quantizer.set_grid(torch.rand(quantizer.delta.shape), torch.randint(256, quantizer.delta.shape).float())
+    qnn.output_scale = OutputScale((1, 50, 900), (1.0, 1.1, 1.2), (0.9, 1.0, 1.3))
+    save_packed(tmp_path / "ckpt.safetensors", qnn)
+
+    grids = names["read_activation_grids"](tmp_path / "ckpt.safetensors")
+    assert grids.keys() == qnn.act_quantizers().keys()
+    assert len(grids["conv_in.act_quantizer_positive"][0]) == 3
+    for name, quantizer in qnn.act_quantizers().items():
+        for stored, own in zip(grids[name], (quantizer.delta, quantizer.zero_point), strict=True):
+            assert stored.tolist() == own.flatten().tolist(), name
+    for act_quant in (False, True):
+        for t in (0.0, 1.0, 30.0, 475.0, 999.0):
+            expected = qnn.output_scale.at(torch.tensor([t]), act_quant=act_quant).item()
+            assert names["read_scale"](tmp_path / "ckpt.safetensors", t, act_quant) == pytest.approx(expected)
+
+
 # ---- the arrows of docs/architecture.md ----------------------------------------------------------------------
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()

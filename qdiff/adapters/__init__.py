@@ -23,12 +23,14 @@ class Adapter:
         blocks: full-precision block class -> its quantized class.
         shortcuts: yields ``(path, decoder channels)`` of every layer over a concatenation that ``--split`` cuts.
         finish_block: adds a quantized block's own quantizers, given the quantization asked for.
+        inputs: yields the paths of the layers that see the noisy image itself, and nothing else.
     """
 
     family: str
     blocks: Mapping[type[nn.Module], type[BaseQuantBlock]]
     shortcuts: Callable[[nn.Module], Iterator[tuple[str, int]]]
     finish_block: Callable[[BaseQuantBlock, QuantConfig], None]
+    inputs: Callable[[nn.Module], Iterator[str]]
 
 
 def find_adapter(unet: nn.Module) -> Adapter:

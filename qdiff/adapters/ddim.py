@@ -64,9 +64,14 @@ def _finish_block(block: BaseQuantBlock, config: QuantConfig) -> None:
         block.add_quantizers(config.act, softmax)
 
 
+def _inputs(unet: nn.Module) -> Iterator[str]:
+    yield "conv_in"
+
+
 ADAPTER = Adapter(
     family="ddim",
     blocks={ResnetBlock: QuantResnetBlock, AttnBlock: QuantAttnBlock},
     shortcuts=_shortcuts,
     finish_block=_finish_block,
+    inputs=_inputs,
 )

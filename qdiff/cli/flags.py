@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 
-from qdiff.config import ACT_BITS, PRECISIONS, WEIGHT_BITS, CalibrationConfig
+from qdiff.config import ACT_BITS, PRECISIONS, RANGE_METHODS, TIMED_RANGES, WEIGHT_BITS, CalibrationConfig
 
 # What has a meaning only together with another flag.
 NEEDS_PTQ = (
     *("quant_mode", "weight_bit", "act_bit", "quant_act", "a_sym", "a_min_max", "split", "sm_abit"),
-    *("running_stat", "rs_sm_only", "tensorboard", "resume", "resume_w", "cali_ckpt"),
+    *("timed_ranges", "split_input", "act_range", "range_samples", "running_stat", "rs_sm_only"),
+    *("resume", "resume_w", "cali_ckpt", "correct_scale", "no_correct_scale", "tensorboard"),
 )
-NEEDS_QUANT_ACT = ("act_bit", "a_sym", "a_min_max", "sm_abit", "running_stat", "rs_sm_only", "resume_w")
+NEEDS_QUANT_ACT = (
+    *("act_bit", "a_sym", "a_min_max", "sm_abit", "timed_ranges", "split_input", "act_range", "range_samples"),
+    *("running_stat", "rs_sm_only", "resume_w"),
+)
 
 
 class Help(argparse.HelpFormatter):
@@ -69,9 +73,9 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean {close[0]}?)" if close else " (--help lists the flags)"
 
     def flag(self, dest: str) -> str:
-        """The long form of a flag, as the user types it."""
+        """The long form of a flag, as the user types it; what help calls it where it is typed without a name."""
         action = next(a for a in self._actions if a.dest == dest)
-        return max(action.option_strings, key=len)
+        return max(action.option_strings, key=len, default=str(action.metavar))
 
 
 def choice_of(numbers: Sequence[int]) -> Callable[[str], int]:
@@ -96,6 +100,20 @@ def at_least(minimum: int) -> Callable[[str], int]:
         if number < minimum:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
         return number
+
+    return convert
+
+
+def at_least_or_all(minimum: int) -> Callable[[str], int | None]:
+    """Converter of a whole number with a lower bound, or of ``all``, which becomes None."""
+
+    def convert(text: str) -> int | None:
+        if text.strip() == "all":
+            return None
+        try:
+            return at_least(minimum)(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor 'all'") from None
 
     return convert
 
@@ -140,6 +158,11 @@ def add_common_flags(parser: Parser, *, seed: int | None) -> None:
         required=seed is None,
         help="of all noise; image i of a seed is the same whatever the batch size",
     )
+    add_machine_flags(group)
+
+
+def add_machine_flags(group: argparse._ArgumentGroup) -> None:
+    """``--device``, ``--verbose``."""
     group.add_argument(
         "--device", type=device_name, metavar="DEVICE", help="cpu or cuda [cuda where there is one, else cpu]"
     )
@@ -162,6 +185,23 @@ def add_quantization_flags(
         default=default_quant_mode,
         help="qdiff reconstructs the network unit by unit; linear only rounds to nearest (the baseline)",
     )
+    add_quantizer_flags(group, a_sym=a_sym, a_min_max=a_min_max)
+    group.add_argument(
+        "--timed_ranges",
+        choices=TIMED_RANGES,
+        default="none",
+        help="activation ranges of their own for each calibrated timestep: of no layer, of those that see the noisy "
+        "image (input), or of all; still static integers, looked up by the timestep",
+    )
+    group.add_argument(
+        "--split_input",
+        action="store_true",
+        help="quantize the noisy image as two tensors, its negative and its positive values, each with all its bits",
+    )
+
+
+def add_quantizer_flags(group: argparse._ArgumentGroup, *, a_sym: bool = True, a_min_max: bool = False) -> None:
+    """The grids: what a checkpoint in the published format leaves to the flags, and a packed one says itself."""
     group.add_argument(
         "--weight_bit", type=choice_of(WEIGHT_BITS), default=8, metavar="BITS", help="bits of the weights, 2 to 8"
     )
@@ -187,18 +227,14 @@ def add_quantization_flags(
     )
 
 
-def add_calibration_flags(parser: Parser) -> None:
-    """The calibration set and the reconstruction."""
+def add_calibration_flags(parser: Parser, *, act_range: bool = False) -> None:
+    """The calibration set and the reconstruction.
+
+    Args:
+        act_range: whether the command leaves the method of the first activation ranges to the user.
+    """
     group = parser.add_argument_group("calibration", "not used when sampling from a calibrated checkpoint (--resume)")
-    group.add_argument(
-        "--cali_data_path", metavar="FILE", help="calibration set; scripts/make_calibration_data.py makes one"
-    )
-    group.add_argument(
-        "--cali_st", type=at_least(1), default=1, metavar="N", help="steps of the trajectory to take from the set"
-    )
-    group.add_argument(
-        "--cali_n", type=at_least(1), default=1024, metavar="N", help="samples to take from each of these steps"
-    )
+    add_selection_flags(group)
     group.add_argument(
         "--cali_batch_size", type=at_least(1), default=32, metavar="N", help="samples in an optimisation step"
     )
@@ -216,6 +252,20 @@ def add_calibration_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--cali_p", type=real(zero=False), default=2.4, metavar="X", help="exponent of the loss for activations"
+    )
+    if act_range:
+        group.add_argument(
+            "--act_range",
+            choices=RANGE_METHODS,
+            default="max",
+            help="first activation ranges: minimum and maximum, or what of that range gives the least error (mse)",
+        )
+    group.add_argument(
+        "--range_samples",
+        type=at_least_or_all(1),
+        default=64,
+        metavar="N|all",
+        help="samples that set the first activation ranges; timed ranges always use all of their timestep",
     )
     group.add_argument(
         "--running_stat",
@@ -254,6 +304,28 @@ def add_calibration_flags(parser: Parser) -> None:
         action="store_true",
         help="write the loss and the rounding of every unit as curves to the run's folder tensorboard/",
     )
+    group.add_argument(
+        "--correct_scale",
+        action="store_true",
+        help="measure at the end by which factor the quantized network's output is too large at each calibrated "
+        "timestep; the packed checkpoint records it, and sampling divides by it",
+    )
+
+
+def add_selection_flags(group: argparse._ArgumentGroup, *, required: bool = False) -> None:
+    """The calibration set, and what to take from it."""
+    group.add_argument(
+        "--cali_data_path",
+        metavar="FILE",
+        required=required,
+        help="calibration set; scripts/make_calibration_data.py makes one",
+    )
+    group.add_argument(
+        "--cali_st", type=at_least(1), default=1, metavar="N", help="steps of the trajectory to take from the set"
+    )
+    group.add_argument(
+        "--cali_n", type=at_least(1), default=1024, metavar="N", help="samples to take from each of these steps"
+    )
 
 
 def add_resume_flags(parser: Parser) -> None:
@@ -267,6 +339,11 @@ def add_resume_flags(parser: Parser) -> None:
         "--cali_ckpt",
         metavar="FILE",
         help="ckpt.pth in the published format, or a packed ckpt.safetensors, which knows its own bits and flags",
+    )
+    group.add_argument(
+        "--no_correct_scale",
+        action="store_true",
+        help="with --resume: sample without the output scale that --correct_scale recorded in the checkpoint",
     )
 
 
@@ -288,6 +365,12 @@ def check_quantization(parser: Parser, args: argparse.Namespace) -> None:
                 parser.error(f"{_said(parser, args, name)} needs --quant_act, without which activations are in full")
     if args.rs_sm_only and not args.running_stat:
         parser.error("--rs_sm_only needs --running_stat")
+    if args.running_stat and args.timed_ranges == "all":
+        parser.error(
+            "--running_stat and --timed_ranges all exclude each other: there every range is of one timestep's samples, "
+            "and none is an average over the trajectory; leave --running_stat out"
+        )
+    _check_scale_flags(parser, args)
     _check_checkpoint_flags(parser, args)
     if needs_calibration_set(args) and args.cali_data_path is None:
         parser.error(
@@ -296,6 +379,16 @@ def check_quantization(parser: Parser, args: argparse.Namespace) -> None:
         )
     if needs_calibration_set(args):
         check_file(parser, args, "cali_data_path", "scripts/make_calibration_data.py makes one")
+
+
+def _check_scale_flags(parser: Parser, args: argparse.Namespace) -> None:
+    if args.correct_scale and args.resume:
+        parser.error(
+            "--correct_scale is for calibrating; with --resume a recorded scale is applied anyway, and "
+            f"scripts/correct_scale.py {args.cali_ckpt or 'CKPT'} adds one to a calibrated checkpoint"
+        )
+    if args.no_correct_scale and not args.resume:
+        parser.error("--no_correct_scale needs --resume: a calibration measures the scale only with --correct_scale")
 
 
 def _check_checkpoint_flags(parser: Parser, args: argparse.Namespace) -> None:
@@ -310,8 +403,8 @@ def _check_checkpoint_flags(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def needs_calibration_set(args: argparse.Namespace) -> bool:
-    """Whether the command calibrates. Rounding weights to nearest needs no data."""
-    return args.ptq and not args.resume and (args.quant_mode == "qdiff" or args.quant_act)
+    """Whether the command calibrates with samples. Rounding weights to nearest alone needs none."""
+    return args.ptq and not args.resume and (args.quant_mode == "qdiff" or args.quant_act or args.correct_scale)
 
 
 def check_file(parser: Parser, args: argparse.Namespace, dest: str, remedy: str) -> None:

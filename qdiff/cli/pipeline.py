@@ -18,7 +18,9 @@ from tqdm import tqdm
 from qdiff.calibrate import UnitProgress, calibrate, learning_phases
 from qdiff.calibration_data import CalibrationSet
 from qdiff.checkpoint import (
+    UNPUBLISHABLE,
     CheckpointInfo,
+    fits_published,
     is_packed,
     load_quantized,
     read_info,
@@ -42,7 +44,7 @@ NAMED_UNITS = 5  # of each list in the summary
 
 # Flags that a checkpoint answers by itself: those of its weights, and those of its activations.
 WEIGHT_FACTS = ("weight_bit", "split")
-ACTIVATION_FACTS = ("act_bit", "a_sym", "sm_abit")
+ACTIVATION_FACTS = ("act_bit", "a_sym", "sm_abit", "timed_ranges", "split_input")
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class QuantPlan:
         mode: ``qdiff``, or ``linear``: round to nearest.
         checkpoint: where calibrated weights come from; None calibrates everything.
         weights_only: take the weights of ``checkpoint`` and calibrate activations.
+        correct_scale: divide the output by the scale that the checkpoint records, where it does.
     """
 
     quant: QuantConfig
@@ -66,6 +69,7 @@ class QuantPlan:
     mode: Literal["qdiff", "linear"]
     checkpoint: Path | None = None
     weights_only: bool = False
+    correct_scale: bool = True
 
     @property
     def calibrates(self) -> bool:
@@ -81,7 +85,11 @@ class QuantPlan:
         finished = folder / PACKED_NAME
         if not self.calibrates or not finished.is_file():
             return self
-        return dataclasses.replace(self, checkpoint=finished, weights_only=False)
+        return dataclasses.replace(self, checkpoint=finished, weights_only=False, quant=read_info(finished).quant)
+
+    def for_samples(self, data: CalibrationSet | None) -> QuantPlan:
+        """The plan with the timesteps of a calibration set, where activation ranges depend on them."""
+        return self if data is None else dataclasses.replace(self, quant=self.quant.at_timesteps(data.t.tolist()))
 
     def resolved_flags(self) -> dict[str, Any]:
         """The quantization flags as the checkpoint answered them."""
@@ -97,20 +105,8 @@ def make_plan(parser: Parser, args: argparse.Namespace, architecture: dict[str, 
             others is refused.
         ranges: ``weight_range`` and ``act_range``, how the family finds its first ranges.
     """
-    quant = QuantConfig(
-        weight_bit=args.weight_bit,
-        act_bit=args.act_bit,
-        quant_act=args.quant_act,
-        a_sym=getattr(args, "a_sym", False),
-        split=args.split,
-        sm_abit=args.sm_abit,
-        **ranges,
-    )
     path = Path(args.cali_ckpt) if args.cali_ckpt else None
-    info = read_info(path) if path is not None else None
-    if info is not None:
-        _check_architecture(parser, args.config, path, info, architecture)
-        quant = _agreed(parser, args, path, info, quant)
+    quant = settled_quant(parser, args, path, architecture, **ranges)
     return QuantPlan(
         quant=quant,
         quant_act=args.quant_act,
@@ -118,7 +114,38 @@ def make_plan(parser: Parser, args: argparse.Namespace, architecture: dict[str, 
         mode=args.quant_mode,
         checkpoint=path,
         weights_only=args.resume_w,
+        correct_scale=not args.no_correct_scale,
     )
+
+
+def settled_quant(
+    parser: Parser, args: argparse.Namespace, path: Path | None, architecture: dict[str, Any], **ranges: str
+) -> QuantConfig:
+    """The flags' quantizers, or those that the checkpoint ``path`` says it was calibrated with."""
+    if hasattr(args, "act_range"):
+        ranges["act_range"] = args.act_range
+    quant = QuantConfig(
+        weight_bit=args.weight_bit,
+        act_bit=args.act_bit,
+        quant_act=args.quant_act,
+        a_sym=getattr(args, "a_sym", False),
+        split=args.split,
+        sm_abit=args.sm_abit,
+        timed_ranges=getattr(args, "timed_ranges", "none"),
+        split_input=getattr(args, "split_input", False),
+        **ranges,
+    )
+    info = read_info(path) if path is not None else None
+    if info is not None:
+        _check_architecture(parser, args.config, path, info, architecture)
+        quant = _agreed(parser, args, path, info, quant)
+    elif not quant.published and args.resume:
+        flag = f"--timed_ranges {quant.timed_ranges}" if quant.timed else "--split_input"
+        parser.error(
+            f"{flag}: {path}, in the published format, cannot have that; leave the flag out, or calibrate activations "
+            "anew with --resume_w in place of --resume"
+        )
+    return quant
 
 
 def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
@@ -129,11 +156,13 @@ def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
         weight_lr=args.cali_weight_lr,
         lr=args.cali_lr,
         p=args.cali_p,
+        range_samples=args.range_samples,
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,
         precision=args.cali_precision,
         deterministic=args.deterministic,
+        correct_scale=args.correct_scale,
     )
 
 
@@ -147,7 +176,8 @@ def _agreed(
     parser: Parser, args: argparse.Namespace, path: Path, info: CheckpointInfo, flags: QuantConfig
 ) -> QuantConfig:
     """The checkpoint's own facts, after making sure that no flag contradicts them."""
-    binding = WEIGHT_FACTS if args.resume_w else (*WEIGHT_FACTS, *ACTIVATION_FACTS)
+    resume_w = getattr(args, "resume_w", False)
+    binding = WEIGHT_FACTS if resume_w else (*WEIGHT_FACTS, *ACTIVATION_FACTS)
     for name in binding:
         said, fact = getattr(flags, name), getattr(info.quant, name)
         if name not in args.given or said == fact:
@@ -156,7 +186,7 @@ def _agreed(
         if isinstance(fact, bool):
             parser.error(f"{flag}: {path} was calibrated without {flag}; leave it out")
         parser.error(f"{flag} {said}: {path} was calibrated with {flag} {fact}; use that, or leave the flag out")
-    if args.resume_w:
+    if resume_w:
         return dataclasses.replace(flags, **{name: getattr(info.quant, name) for name in WEIGHT_FACTS})
     if args.quant_act and not info.quant.quant_act:
         parser.error(
@@ -195,6 +225,7 @@ def quantized_model(model: nn.Module, plan: QuantPlan) -> QuantModel:
             quant_act=plan.quant_act,
             weights_only=plan.weights_only,
             keep_full_precision=plan.calibrates,
+            correct_scale=plan.correct_scale,
         )
     return quantized
 
@@ -252,11 +283,17 @@ def calibrate_and_save(
         logger.info("all units:\n%s", unit_table([unit.report for unit in finished]), extra=LOG_ONLY)
         logger.info("%s", summary(finished))
     info = {"model_config": model_config, "calibration": calibration_facts(plan, data)}
-    save_published(folder / PUBLISHED_NAME, model, info=info)
+    publishable = fits_published(model)
+    if publishable:
+        save_published(folder / PUBLISHED_NAME, model, info=info)
     size = save_packed(folder / PACKED_NAME, model, info=info)
     remove_progress(folder)
     logger.info("%s: %s", folder / PACKED_NAME, size_report(model, size))
-    logger.info("%s: the same in the published format", folder / PUBLISHED_NAME)
+    if not publishable:
+        logger.info("no %s: the published format has no place for %s", PUBLISHED_NAME, UNPUBLISHABLE)
+        return
+    lost = " but for the output scale, for which it has no place" if model.output_scale is not None else ""
+    logger.info("%s: the same in the published format%s", folder / PUBLISHED_NAME, lost)
 
 
 def what_is_there(model: QuantModel, plan: QuantPlan, progress: CalibrationProgress) -> str:

@@ -91,7 +91,7 @@ def build_parser() -> Parser:
         "--max_images", type=at_least(0), default=50000, metavar="N", help="images to sample; 0 only calibrates"
     )
     add_quantization_flags(parser)
-    add_calibration_flags(parser)
+    add_calibration_flags(parser, act_range=True)
     add_resume_flags(parser)
     add_common_flags(parser, seed=1234)
     return parser
@@ -126,6 +126,7 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig, command: 
     if plan is not None and folder is not None:
         plan = plan.continued_in(folder.path)
     data = calibration_samples(args, config) if plan is not None and plan.calibrates else None
+    plan = plan and plan.for_samples(data)
 
     model = build_model(args, config, plan)
     if plan is not None and plan.calibrates:

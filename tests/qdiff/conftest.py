@@ -72,7 +72,10 @@ def with_grids(config: QuantConfig | None = None, **unet: Any) -> QuantModel:
     """The same with every grid set, rounding to nearest, quantization on."""
     qnn = wrapped(config, **unet)
     qnn.find_weight_grids()
-    find_act_ranges(qnn, noisy_inputs(4, seed=1))
+    x, t = noisy_inputs(4, seed=1)
+    if qnn.config.timed:  # a sample of each timestep at least
+        t = torch.tensor(qnn.config.timesteps)[torch.arange(len(t)) % qnn.clock.groups]
+    find_act_ranges(qnn, (x, t))
     qnn.set_quant_state(True, qnn.config.quant_act)
     return qnn
 

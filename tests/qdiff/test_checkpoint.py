@@ -32,6 +32,7 @@ from qdiff.checkpoint import (
     packed_bytes,
     packed_length,
     read_info,
+    read_output_scale,
     read_state,
     resume_cali_model,
     save_packed,
@@ -40,6 +41,7 @@ from qdiff.checkpoint import (
     unpack_bits,
 )
 from qdiff.config import QuantConfig
+from qdiff.output_scale import OutputScale
 from qdiff.quant_model import QuantModel
 
 from .conftest import SMALL, as_calibrated, noisy_inputs, properties, tiny_unet, wrapped
@@ -47,6 +49,7 @@ from .conftest import SMALL, as_calibrated, noisy_inputs, properties, tiny_unet,
 REPOSITORY = Path(__file__).resolve().parents[2]
 FORMS = {"published": (save_published, "ckpt.pth"), "packed": (save_packed, "ckpt.safetensors")}
 W4A8 = QuantConfig(weight_bit=4, act_bit=8, quant_act=True, split=True)
+small, fresh_small = partial(as_calibrated, **SMALL), partial(wrapped, **SMALL)
 INFO = {"model_config": {"model": {"ch": 32}}, "calibration": {"iters": 3}}
 
 
@@ -241,6 +244,178 @@ def test_a_state_dictionary_one_level_down_is_found(tmp_path: Path, saved) -> No
     assert read_state(tmp_path / "x.pth").keys() == state.keys()
 
 
+# What only packed files can say: timed ranges, a split input, an output scale.
+
+
+TIMESTEPS = (3.0, 90.0, 700.0)
+SPLIT_INPUT = dataclasses.replace(W4A8, split_input=True)
+SCALE = OutputScale(TIMESTEPS, (1.01, 0.99, 1.02), (0.5, 1.25, 1.5))
+
+
+def timed(which: str = "all", *, a_sym: bool = False, **unet: Any) -> QuantModel:
+    """Calibrated, with grids of their own at each timestep."""
+    return as_calibrated(dataclasses.replace(W4A8, a_sym=a_sym, timed_ranges=which, timesteps=TIMESTEPS), **unet)
+
+
+def format_version(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[FORMAT])["format_version"]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("a_sym", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("which", ["input", "all"])
+def test_timed_ranges_come_back(saved, which: str, a_sym: bool, scaled: bool) -> None:
+    qnn = timed(which, a_sym=a_sym)
+    qnn.output_scale = copy.deepcopy(SCALE) if scaled else None
+    path = saved("packed", qnn)
+    assert format_version(path) == 2
+    info = read_info(path)
+    assert info.quant == qnn.config
+    fresh = wrapped(info.quant, seed=7)  # as the file says, no flag needed
+    load_quantized(path, fresh, quant_act=True)
+    assert torch.equal(output(fresh), output(qnn))
+    assert packed_bytes(fresh, info=INFO) == packed_bytes(qnn, info=INFO)
+    load_quantized(path, fresh, quant_act=False)
+    qnn.set_quant_state(True, False)
+    assert torch.equal(output(fresh), output(qnn))
+
+
+def test_an_output_scale_comes_back(saved) -> None:
+    qnn = as_calibrated(W4A8)
+    plain = output(qnn)
+    qnn.output_scale = copy.deepcopy(SCALE)
+    path = saved("packed", qnn)
+    assert format_version(path) == 2
+    fresh = wrapped(W4A8, seed=7)
+    load_quantized(path, fresh, quant_act=True)
+    for name in ("timesteps", "weights", "activations"):
+        assert torch.equal(getattr(fresh.output_scale, name), getattr(SCALE, name))
+    assert torch.equal(output(fresh), output(qnn))
+    load_quantized(path, fresh, quant_act=True, correct_scale=False)
+    assert fresh.output_scale is None
+    assert torch.equal(output(fresh), plain)
+    assert not torch.equal(output(qnn), plain)
+
+
+def test_an_output_scale_of_weights_alone_comes_back(saved) -> None:
+    config = dataclasses.replace(W4A8, quant_act=False)
+    qnn = small(config)
+    qnn.output_scale = OutputScale(TIMESTEPS, (1.01, 0.99, 1.02))
+    path = saved("packed", qnn)
+    fresh = fresh_small(config, seed=7)
+    load_quantized(path, fresh, quant_act=False)
+    assert fresh.output_scale.activations is None
+    assert torch.equal(output(fresh), output(qnn))
+
+
+def test_going_on_from_weights_leaves_the_scale_behind(saved) -> None:
+    """It was measured with other activations."""
+    qnn = small(W4A8)
+    qnn.output_scale = copy.deepcopy(SCALE)
+    path = saved("packed", qnn)
+    fresh = fresh_small(W4A8)
+    load_quantized(path, fresh, quant_act=True, weights_only=True, keep_full_precision=True)
+    assert fresh.output_scale is None
+
+
+def test_loading_takes_an_earlier_scale_away(saved) -> None:
+    for form in FORMS:
+        path = saved(form, small(W4A8))
+        fresh = fresh_small(W4A8)
+        fresh.output_scale = copy.deepcopy(SCALE)
+        load_quantized(path, fresh, quant_act=True)
+        assert fresh.output_scale is None
+
+
+def test_files_without_any_of_it_are_as_before(saved) -> None:
+    """An earlier release can read them: nothing in the header is new."""
+    path = saved("packed", small(W4A8))
+    assert format_version(path) == 1
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+        names = set(file.keys())
+    fields = {"weight_bit", "act_bit", "quant_act", "a_sym", "split", "sm_abit", "weight_range", "act_range"}
+    assert header["quant"].keys() == fields
+    assert header["index"].keys() == {"layers", "full", "act"}
+    assert names == {"codes", "delta", "zero_point", "bias", "full", "act_delta", "act_zero_point"}
+    assert read_output_scale(path) is None
+    assert json.loads((saved("published", small(W4A8)).with_suffix(".json")).read_text())["quant"].keys() == fields
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w8a8"])
+def test_bundled_files_of_version_one_still_load(name: str) -> None:
+    path = REPOSITORY / "models" / "pixel" / "fashion_mnist" / f"{name}.safetensors"
+    info = read_info(path)
+    qnn = QuantModel.from_config(copy.deepcopy(network("bundled")), info.quant)
+    load_quantized(path, qnn, quant_act=True)
+    assert all(quantizer.ready for quantizer in qnn.act_quantizers().values())
+    assert qnn.output_scale is None
+
+
+def test_the_published_format_refuses_what_it_cannot_say(saved, tmp_path: Path) -> None:
+    for qnn in (timed(**SMALL), small(SPLIT_INPUT)):
+        with pytest.raises(CheckpointError, match=r"no place for activation ranges that .* or a split input; save the"):
+            saved("published", qnn)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["none", "input", "all"])
+def test_a_split_input_comes_back(saved, which: str) -> None:
+    timesteps = () if which == "none" else TIMESTEPS
+    qnn = as_calibrated(dataclasses.replace(SPLIT_INPUT, timed_ranges=which, timesteps=timesteps))
+    path = saved("packed", qnn)
+    assert format_version(path) == 2
+    assert read_info(path).quant == qnn.config
+    fresh = wrapped(qnn.config, seed=7)
+    load_quantized(path, fresh, quant_act=True)
+    assert torch.equal(output(fresh), output(qnn))
+    assert packed_bytes(fresh, info=INFO) == packed_bytes(qnn, info=INFO)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_with_and_without_a_split_input(saved, theirs: bool) -> None:
+    path = saved("packed", small(dataclasses.replace(W4A8, split_input=theirs)))
+    message = refused(path, dataclasses.replace(W4A8, split_input=not theirs))
+    assert ("with --split_input; add it" if theirs else "without --split_input; leave it out") in message
+    load_quantized(path, fresh_small(dataclasses.replace(W4A8, split_input=not theirs)), quant_act=False)
+
+
+def test_the_published_format_takes_timed_networks_without_their_activations(saved) -> None:
+    qnn = timed(**SMALL)
+    qnn.config = dataclasses.replace(qnn.config, quant_act=False)
+    qnn.set_quant_state(True, False)
+    fresh = fresh_small(dataclasses.replace(W4A8, quant_act=False), seed=7)
+    load_quantized(saved("published", qnn), fresh, quant_act=False)
+    assert torch.equal(output(fresh), output(qnn))
+
+
+@pytest.mark.parametrize("ours", ["none", "input"])
+def test_other_timed_ranges(saved, ours: str) -> None:
+    path = saved("packed", timed(**SMALL))
+    timesteps = () if ours == "none" else TIMESTEPS
+    config = dataclasses.replace(W4A8, timed_ranges=ours, timesteps=timesteps)
+    assert f"with --timed_ranges all, not {ours}" in refused(path, config)
+    load_quantized(path, fresh_small(config), quant_act=False)  # where they do not matter
+
+
+def test_ranges_of_other_timesteps(saved) -> None:
+    path = saved("packed", timed(**SMALL))
+    config = dataclasses.replace(W4A8, timed_ranges="all", timesteps=(3.0, 90.0, 800.0))
+    assert "other timesteps" in refused(path, config)
+
+
+def test_a_damaged_scale_is_named(saved) -> None:
+    qnn = small(W4A8)
+    qnn.output_scale = copy.deepcopy(SCALE)
+    path = saved("packed", qnn)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {"scale_weights": torch.tensor([1.0, -1.0, 1.0])}, path, metadata)
+    assert "--no_correct_scale" in refused(path, W4A8)
+    load_quantized(path, fresh_small(W4A8), quant_act=True, correct_scale=False)
+
+
 # What is in the files.
 
 
@@ -326,9 +501,6 @@ def test_size_report_compares_with_the_same_network_in_full() -> None:
 
 
 # Errors. Each names the file and the flag that mends it.
-
-
-small, fresh_small = partial(as_calibrated, **SMALL), partial(wrapped, **SMALL)
 
 
 def refused(path: Path, config: QuantConfig, **unet: Any) -> str:
@@ -492,9 +664,9 @@ def test_a_file_of_a_later_release(tmp_path: Path, saved) -> None:
     path = saved("packed", small(W4A8))
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()[FORMAT])
-    metadata["format_version"] += 1
+    metadata["format_version"] = 3
     save_file(load_file(path), path, {FORMAT: json.dumps(metadata)})
-    assert "format version 2; this release reads up to 1" in refused(path, W4A8)
+    assert "format version 3; this release reads up to 2" in refused(path, W4A8)
 
 
 @pytest.mark.parametrize("form", FORMS)

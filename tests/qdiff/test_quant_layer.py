@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.primitives import range_to_grid, search_grid
-from qdiff.quant_layer import QuantModule, SplitQuantModule
+from qdiff.quant_layer import QuantModule, SignedInputQuantModule, SplitQuantModule
 from qdiff.quantizers import AdaRoundQuantizer
 
 WEIGHT = {"n_bits": 4, "channel_wise": True}
@@ -254,3 +254,58 @@ def test_codes_of_other_weights_are_refused(which: int) -> None:
         module.weight[-1, -1] += steps * delta[-1].squeeze()
     with pytest.raises(ValueError, match="not roundings of this full-precision"):
         module.load_codes(parts, keep_full_precision=True)
+
+
+# An input split at zero.
+
+
+def signed(method: str = "max", *, symmetric: bool = False) -> SignedInputQuantModule:
+    layer = nn.Conv2d(3, 5, 3, padding=1)
+    module = SignedInputQuantModule(layer, WEIGHT, ACT | {"scale_method": method, "symmetric": symmetric})
+    module.set_quant_state(False, True)
+    return module
+
+
+def test_parts_of_a_split_input_add_up_to_it() -> None:
+    module, x = signed(), torch.randn(2, 3, 8, 8)
+    module.set_quant_state(False, False)
+    assert torch.equal(module(x), nn.functional.conv2d(x, module.weight, module.bias, padding=1))
+    assert torch.equal(x.clamp(max=0) + x.clamp(min=0), x)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_negative_and_positive_values_have_a_grid_each(symmetric: bool) -> None:
+    """From zero to the end of their side, whatever the other quantizers are."""
+    module, x = signed(symmetric=symmetric), torch.randn(2, 3, 8, 8)
+    x[x > 0] *= 3
+    got = module.quantize_input(x)
+    below, above = -x.min() / 255, x.max() / 255
+    torch.testing.assert_close(module.act_quantizer.delta.detach(), below)
+    torch.testing.assert_close(module.act_quantizer_positive.delta.detach(), above)
+    expected = torch.where(x < 0, (x / below).round() * below, (x / above).round() * above)
+    torch.testing.assert_close(got, expected)
+    assert (got == 0).sum() < 20  # few values round to the zero in the middle
+
+
+def test_splitting_the_input_quarters_its_error() -> None:
+    x = torch.rand(4, 3, 32, 32) * 2 - 1
+    whole = QuantModule(nn.Conv2d(3, 5, 3), WEIGHT, ACT)
+    error = [(module.quantize_input(x) - x).square().mean().item() for module in (signed(), whole)]
+    assert error[0] == pytest.approx(error[1] / 4, rel=0.05)
+
+
+def test_an_input_of_one_sign_is_quantized_too() -> None:
+    x = torch.rand(2, 3, 8, 8) + 1
+    for method in ("max", "mse"):
+        module = signed(method)
+        torch.testing.assert_close(module.quantize_input(x), x, atol=x.max().item() / 255, rtol=0)
+        assert module.quantize_input(x).isfinite().all()
+
+
+def test_both_step_sizes_of_a_split_input_learn() -> None:
+    module, x = signed(), torch.randn(2, 3, 8, 8)
+    module(x)
+    assert module.act_quantizers() == [module.act_quantizer, module.act_quantizer_positive]
+    steps = [quantizer.delta.requires_grad_(True) for quantizer in module.act_quantizers()]
+    gradients = torch.autograd.grad(module(x).square().sum(), steps)
+    assert all(gradient != 0 for gradient in gradients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.cli.flags import Parser, at_least, choice_of, device_name, real
+from qdiff.cli.flags import Parser, at_least, at_least_or_all, choice_of, device_name, real
 from qdiff.cli.sample_ddim import build_parser
 
 # Flag -> default, as the project's users know them.
@@ -18,9 +18,15 @@ DEFAULTS = {
     "--a_sym": False,
     "--split": False,
     "--sm_abit": 8,
+    "--timed_ranges": "none",
+    "--split_input": False,
+    "--act_range": "max",
+    "--range_samples": 64,
     "--running_stat": False,
     "--rs_sm_only": False,
     "--tensorboard": False,
+    "--correct_scale": False,
+    "--no_correct_scale": False,
     "--cali_data_path": None,
     "--cali_st": 1,
     "--cali_n": 1024,
@@ -73,6 +79,7 @@ def test_no_abbreviations(capsys):
     [
         (choice_of((2, 3, 16)), {"2": 2, "16": 16}, ["4", "two", "2.0", ""]),
         (at_least(1), {"1": 1, "70": 70}, ["0", "-3", "1.5", "x", ""]),
+        (at_least_or_all(1), {"1": 1, "all": None}, ["0", "1.5", "ALL", ""]),
         (real(zero=True), {"0": 0.0, "2.5": 2.5}, ["-1", "nan", "inf", "x"]),
         (real(zero=False), {"4e-4": 4e-4}, ["0", "-1", "nan", "inf", "x"]),
     ],
@@ -137,6 +144,18 @@ FLAG_ERRORS = {
     "--ptq --a_sym --cali_data_path {set}": ["--a_sym needs --quant_act"],
     "--ptq --sm_abit 16 --cali_data_path {set}": ["--sm_abit 16 needs --quant_act"],
     "--ptq --running_stat --cali_data_path {set}": ["--running_stat needs --quant_act"],
+    "--timed_ranges all": ["--timed_ranges all needs --ptq"],
+    "--ptq --timed_ranges all --cali_data_path {set}": ["--timed_ranges all needs --quant_act"],
+    "--ptq --split_input --cali_data_path {set}": ["--split_input needs --quant_act"],
+    "--ptq --act_range mse --cali_data_path {set}": ["--act_range mse needs --quant_act"],
+    "--ptq --quant_act --timed_ranges some --cali_data_path {set}": ["--timed_ranges", "some", "input"],
+    "--ptq --quant_act --timed_ranges all --running_stat --cali_data_path {set}": ["exclude each other"],
+    "--ptq --quant_act --range_samples few --cali_data_path {set}": ["--range_samples", "'few'", "'all'"],
+    "--ptq --quant_act --range_samples 0 --cali_data_path {set}": ["--range_samples", "'0'", "at least 1"],
+    "--correct_scale": ["--correct_scale needs --ptq"],
+    "--ptq --quant_mode linear --correct_scale": ["--cali_data_path"],
+    "--ptq --correct_scale --resume --cali_ckpt {ckpt}": ["scripts/correct_scale.py", "applied anyway"],
+    "--ptq --no_correct_scale --cali_data_path {set}": ["--no_correct_scale needs --resume"],
     "--ptq --quant_act --rs_sm_only --cali_data_path {set}": ["--rs_sm_only needs --running_stat"],
     "--ptq --resume_w --cali_ckpt {ckpt} --cali_data_path {set}": ["--resume_w needs --quant_act"],
     "--ptq --resume": ["--resume needs --cali_ckpt"],

@@ -1,0 +1,122 @@
+"""Add the output's scale per timestep to a calibrated checkpoint of a pixel-space model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddim.config import PixelConfig, load_config
+from ddim.unet import UNet
+from qdiff.calibration_data import load_calibration_set
+from qdiff.checkpoint import is_packed, load_quantized, read_info, save_packed
+from qdiff.cli.errors import UserError, exit_on_error, lower_on_out_of_memory
+from qdiff.cli.flags import (
+    Parser,
+    add_machine_flags,
+    add_quantizer_flags,
+    add_selection_flags,
+    at_least,
+    check_file,
+    resolve_device,
+)
+from qdiff.cli.pipeline import settled_quant
+from qdiff.cli.pixel import add_model_flags, architecture, check_model_flags, image_shape, load_full_precision
+from qdiff.output_scale import OutputScale
+from qdiff.quant_model import QuantModel
+from qdiff.scale_correction import FIT_CHUNK, fit_output_scale
+
+PROGRAM = "correct_scale.py"
+DESCRIPTION = (
+    "Measure by which factor a calibrated network's output is too large at each timestep of a calibration set, and "
+    "write a packed checkpoint that records it. Sampling from that file divides by it. A calibration with "
+    "--correct_scale does the same at its end."
+)
+EXAMPLES = """\
+examples:
+  from a packed checkpoint, which has no full-precision weights to compare with
+    python scripts/correct_scale.py runs/samples/<date>/ckpt.safetensors --out corrected.safetensors \\
+        --config configs/fashion_mnist.yml --use_pretrained --cali_data_path cali.pt --cali_st 20 --cali_n 256
+  from one in the published format, which has them
+    python scripts/correct_scale.py w4a8.pth --weight_bit 4 --quant_act --a_sym --split --out corrected.safetensors \\
+        --config configs/cifar10.yml --cali_data_path cali.pt --cali_st 20 --cali_n 256
+"""
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument(
+        "cali_ckpt", metavar="CKPT", help="calibrated checkpoint: ckpt.pth or a packed ckpt.safetensors"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="the packed checkpoint to write; may replace a packed CKPT"
+    )
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=FIT_CHUNK, metavar="N", help="samples in the network at once"
+    )
+    add_model_flags(parser)
+    add_selection_flags(parser.add_argument_group("calibration set"), required=True)
+    group = parser.add_argument_group("quantization", "of a checkpoint that does not say it itself")
+    add_quantizer_flags(group)
+    add_machine_flags(parser.add_argument_group("general"))
+    return parser
+
+
+def check_args(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is read."""
+    check_file(parser, args, "cali_ckpt", "a calibration writes ckpt.pth and ckpt.safetensors into its run folder")
+    check_file(parser, args, "cali_data_path", "scripts/make_calibration_data.py makes one")
+    if not is_packed(args.out):
+        parser.error(f"--out {args.out}: only the packed format has a place for the scale; use a name in .safetensors")
+    check_model_flags(parser, args, standalone=not is_packed(args.cali_ckpt))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exits with status 2 and one line where its input is wrong."""
+    parser = build_parser()
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    check_args(parser, args)
+    with exit_on_error(PROGRAM, verbose=args.verbose):
+        run(parser, args, load_config(args.config))
+    return 0
+
+
+def run(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
+    path = Path(args.cali_ckpt)
+    quant = settled_quant(parser, args, path, architecture(config))
+    data = load_calibration_set(
+        args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=image_shape(config)
+    )
+    # The published format brings the full-precision weights itself.
+    unet = load_full_precision(args, config) if is_packed(path) else UNet.from_config(config)
+    model = QuantModel.from_config(unet.eval(), quant)
+    load_quantized(path, model, quant_act=quant.quant_act, keep_full_precision=True)
+    model.to(resolve_device(args.device))
+    with lower_on_out_of_memory("--batch_size", args.batch_size):
+        try:
+            model.output_scale = fit_output_scale(model, data, chunk=args.batch_size)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    info = read_info(path)
+    save_packed(
+        args.out,
+        model,
+        info={"model_config": config.to_dict(), "calibration": {} if info is None else info.calibration},
+    )
+    print(scale_table(model.output_scale))
+    print(f"{args.out}: written; sample from it with --ptq --resume --cali_ckpt {args.out}")
+
+
+def scale_table(scale: OutputScale) -> str:
+    """One line a timestep: by which factor the output was too large."""
+    tables = {"weights": scale.weights, "weights and activations": scale.activations}
+    columns = {name: table.tolist() for name, table in tables.items() if table is not None}
+    header = f"{'timestep':>9}" + "".join(f"  {name}" for name in columns)
+    lines = [header]
+    for i, t in enumerate(scale.timesteps.tolist()):
+        lines.append(f"{t:9g}" + "".join(f"  {column[i]:{len(name)}.4f}" for name, column in columns.items()))
+    return "\n".join(lines)
