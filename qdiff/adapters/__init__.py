@@ -23,12 +23,14 @@ class Adapter:
         blocks: full-precision block class -> its quantized class.
         shortcuts: yields ``(path, decoder channels)`` of every layer over a concatenation that ``--split`` cuts.
         finish_block: adds a quantized block's own quantizers, given the quantization asked for.
+        time_embedding: paths of the modules that embed the timestep, which compute in float32 at any precision.
     """
 
     family: str
     blocks: Mapping[type[nn.Module], type[BaseQuantBlock]]
     shortcuts: Callable[[nn.Module], Iterator[tuple[str, int]]]
     finish_block: Callable[[BaseQuantBlock, QuantConfig], None]
+    time_embedding: tuple[str, ...] = ()
 
 
 def find_adapter(unet: nn.Module) -> Adapter:

@@ -59,4 +59,5 @@ ADAPTER = Adapter(
     blocks={ResnetBlock: QuantResnetBlock, AttnBlock: QuantAttnBlock},
     shortcuts=_shortcuts,
     finish_block=_finish_block,
+    time_embedding=("temb",),
 )
