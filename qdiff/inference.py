@@ -16,8 +16,11 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -67,6 +70,9 @@ class InferenceConfig:
 
 def why_not_compiled(device: torch.device | str) -> str | None:
     """What torch.compile lacks on this machine for such a device, and the remedy; None where nothing is known to."""
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        return f"needs Python's headers and found none in {headers}: install them (on Debian and Ubuntu: python3-dev)"
     if torch.device(device).type == "cpu":
         compiler = os.environ.get("CXX", "g++")  # as torch looks for it
         if shutil.which(compiler) is None:
@@ -259,19 +265,23 @@ def prepare(
         model: on ``device``, in evaluation mode. A network is changed in place where ``config.precision`` is not
             ``full`` (:func:`lower_precision`) and belongs to the result; any other callable runs in full precision.
         shape: of the largest batch, N x C x H x W.
-        cuda_graph: on a GPU, capture; None does so where ``config.compile`` is set.
+        cuda_graph: None captures on a GPU and goes on without, with a warning, where the model resists; True raises
+            there.
         allow_tf32: for what is compiled or captured here in float32. Whoever calls the result sets it for the rest.
 
     Returns:
         (x, t) -> noise, float32 both ways, for batches up to that size.
 
     Raises:
-        InferenceError: torch.compile is not possible here, or not for this model.
-        RuntimeError: the model cannot be captured.
+        InferenceError: a precision or torch.compile is not possible here, or not for this model.
+        ValueError: a graph asked for without a GPU.
+        RuntimeError: the model cannot be captured, and has to be.
     """
     device = torch.device(device)
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a GPU; device is {device}")
     config = config.on(device)
-    graphed = device.type == "cuda" and (config.compile if cuda_graph is None else cuda_graph)
+    graphed = device.type == "cuda" and cuda_graph is not False
     predict = model
     if config.precision != "full":
         if not isinstance(model, nn.Module):
@@ -288,10 +298,21 @@ def prepare(
         return predict
     with tf32(allow_tf32), _fastest_kernels(config.precision != "full"), _compiling(config.compile):
         if graphed:
-            predict = GraphedModel(predict, shape, device)
+            predict = _graphed(predict, shape, device, required=bool(cuda_graph))
         else:
             predict(torch.zeros(*shape, device=device), torch.zeros(shape[0], device=device))
     return FixedBatch(predict, shape[0])
+
+
+def _graphed(model: EpsilonModel, shape: Sequence[int], device: torch.device, required: bool) -> EpsilonModel:
+    """The model as a captured graph, or as it is where that fails and is not required."""
+    try:
+        return GraphedModel(model, shape, device)
+    except RuntimeError as error:
+        if required or isinstance(error, torch.OutOfMemoryError) or _is_compilers(error):
+            raise
+        warnings.warn(f"the model cannot be captured as a CUDA graph, sampling without: {error}", stacklevel=3)
+        return model
 
 
 def _in_precision(network: nn.Module, precision: Precision, *, channels_last: bool) -> EpsilonModel:
@@ -307,14 +328,17 @@ def _in_precision(network: nn.Module, precision: Precision, *, channels_last: bo
     return predict
 
 
+def _is_compilers(error: Exception) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+
+
 @contextlib.contextmanager
 def _compiling(enabled: bool) -> Iterator[None]:
     """What torch.compile raises inside, in one sentence."""
     try:
         yield
     except Exception as error:
-        module = type(error).__module__
-        if not enabled or not module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
+        if not enabled or not _is_compilers(error):
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InferenceError(f"torch.compile failed ({first.strip()}); run without it") from error

@@ -14,6 +14,7 @@ from ddim.config import ConfigError
 from ddim.pretrained import CheckpointUnavailable
 from qdiff.calibration_data import CalibrationSetError
 from qdiff.checkpoint import CheckpointError
+from qdiff.inference import InferenceError
 
 STATUS_WRONG_INPUT = 2
 STATUS_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
@@ -27,7 +28,7 @@ class OutOfMemoryError(UserError):
     """The device's memory is too small for the settings."""
 
 
-EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointError, CheckpointUnavailable)
+EXPLAINED = (UserError, ConfigError, CalibrationSetError, CheckpointError, CheckpointUnavailable, InferenceError)
 
 
 @contextmanager
