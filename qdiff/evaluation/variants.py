@@ -120,7 +120,7 @@ def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, colum
     )
     for (label, images), line in zip(shown.items(), axes, strict=True):
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
