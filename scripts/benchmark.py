@@ -65,6 +65,7 @@ FASHION = ROOT / "configs" / "fashion_mnist.yml"
 BUNDLED = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8.safetensors"
 W4A8 = QuantConfig(4, 8, quant_act=True, a_sym=True, split=True)
 SAMPLER_STEPS = 100
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest calibration, for the lines of `scaling`
 
 
 @dataclass
@@ -585,17 +586,16 @@ def benchmark_range_search(args: Any) -> Result:
 def benchmark_scaling(args: Any) -> Result:
     """Calibrations that differ from the largest in one thing: a quarter, a half, three quarters of it."""
     units = len(QuantModel.from_config(network(load_config(args.config), random=True), W4A8).units())
-    shares = (0.25, 0.5, 0.75, 1.0)
     axes: dict[str, list[tuple[float, dict[str, Any]]]] = {
         "iterations": [
             (
                 round(s * args.iters) + round(s * args.iters_a),
                 {"iters": round(s * args.iters), "iters_a": round(s * args.iters_a)},
             )
-            for s in shares
+            for s in SHARES
         ],
-        "samples": [(args.cali_st * n, {"samples": n}) for n in (max(1, round(s * args.cali_n)) for s in shares)],
-        "units": [(n, {"units": n}) for n in (max(1, round(s * units)) for s in shares)],
+        "samples": [(args.cali_st * n, {"samples": n}) for n in (max(1, round(s * args.cali_n)) for s in SHARES)],
+        "units": [(n, {"units": n}) for n in (max(1, round(s * units)) for s in SHARES)],
     }
     run_calibration(args, started=time.perf_counter(), units=1)  # not counted: loads libraries
     facts: dict[str, Any] = {}

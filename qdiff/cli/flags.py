@@ -160,7 +160,7 @@ def add_inference_flags(parser: Parser, *, precision: Precision = "full") -> Non
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network first, on a GPU into one CUDA graph: about a minute, then faster steps",
+        help="compile the network first, on a GPU into one CUDA graph; pays off over many images",
     )
 
 

@@ -127,12 +127,12 @@ def test_an_unknown_variant_is_refused(run, capsys) -> None:
 
 def test_images_are_compared_with_eager_fp32(run, monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "why_not_compiled", lambda device: "cannot be tested quickly")
-    words = ["--device", "cpu", "--batch_sizes", "1", "--repeats", "1", "--psnr", "1", "--timesteps", "2"]
+    words = ["--device", "cpu", "--batch_sizes", "1", "--repeats", "1", "--psnr", "1", "--timesteps", "4"]
     figures, said = run("step", *words, "--variants", "full fp32")
     assert set(figures["psnr"]) == {"full", "W4A32", "W4A8"}
-    assert figures["psnr"]["full"]["mean"] > 35
+    assert figures["psnr"]["full"]["mean"] > 25
     for name in ("W4A32", "W4A8"):
-        assert figures["psnr"][name]["mean"] > figures["psnr"][name]["to_full"]
+        assert figures["psnr"][name]["mean"] > figures["psnr"][name]["to_full"] + 5
     assert "PSNR" in said
 
 
@@ -142,11 +142,12 @@ def test_range_search(run) -> None:
     assert "320x320x3x3" in said
 
 
-def test_scaling_fits_lines_and_draws_them(run, tmp_path) -> None:
+def test_scaling_fits_lines_and_draws_them(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(benchmark, "SHARES", (0.5, 1.0))
     picture = tmp_path / "lines.png"
     figures, said = run("scaling", *QUICK, "--plot", str(picture))
     assert set(figures) >= {"iterations", "samples", "units"}
-    assert [len(figures[axis]["x"]) for axis in ("iterations", "samples", "units")] == [4, 4, 4]
+    assert [len(figures[axis]["x"]) for axis in ("iterations", "samples", "units")] == [2, 2, 2]
     assert figures["samples"]["x"][-1] == 8
     assert picture.stat().st_size > 1000
     assert "R²" in said
