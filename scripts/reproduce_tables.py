@@ -372,6 +372,8 @@ class Study:
             image_shape=self.image_shape,
         )
         quant = recipe.quant_config()
+        if "timed_ranges" in recipe.quant:  # grids of their own for the timesteps of the set
+            quant = quant.at_timesteps(data.t.tolist())
         model = QuantModel.from_config(full_precision(self.config).to(self.device), quant)
         options = CalibrationConfig(
             iters=self.args.iters, iters_a=self.args.iters_a, seed=self.args.cali_seed, **recipe.calibration
