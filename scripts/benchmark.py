@@ -629,8 +629,8 @@ def plot_scaling(facts: dict[str, Any], path: Path) -> None:
         ends = [0.0, max(fit["x"])]
         panel.plot(ends, [fit["intercept"] + fit["slope"] * x for x in ends], "-", linewidth=1)
         panel.set_xlabel(axis)
-        panel.set_ylim(bottom=0)
     panels[0].set_ylabel("calibration, s")
+    panels[0].set_ylim(bottom=0)  # of all panels, once everything is drawn
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
