@@ -14,7 +14,7 @@ TimedRanges = Literal["none", "input", "all"]
 WEIGHT_BITS = tuple(range(2, 9))
 ACT_BITS = (*range(2, 9), 16)
 RANGE_METHODS = ("max", "mse")
-PRECISIONS = ("fp32", "tf32", "bf16")
+CALI_PRECISIONS = ("fp32", "tf32", "bf16")
 ENGINES = ("fast", "eager")
 TIMED_RANGES = ("none", "input", "all")
 
@@ -187,7 +187,7 @@ class CalibrationConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: a share of the iterations, from 0 to below 1")
-        for name, known in (("precision", PRECISIONS), ("engine", ENGINES)):
+        for name, known in (("precision", CALI_PRECISIONS), ("engine", ENGINES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
         if self.rs_sm_only and not self.running_stat:

@@ -80,7 +80,8 @@ class QuantModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.use_act_quant:
             x = self.quantize_input(x)
-        return self._operation(x, self.effective_weight(), self.bias)
+        weight = self.effective_weight()
+        return self._operation(x.to(weight.dtype), weight, self.bias)  # in half precision, rounded after the grid
 
     def effective_weight(self) -> Tensor:
         if not self.use_weight_quant:

@@ -100,6 +100,7 @@ def parser_of(script: Path) -> argparse.ArgumentParser:
         return importlib.import_module(f"qdiff.cli.{module[1]}").build_parser()
     spec = importlib.util.spec_from_file_location(script.stem, script)
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = loaded  # dataclasses look their module up there
     spec.loader.exec_module(loaded)
     return loaded.make_parser()
 

@@ -24,6 +24,7 @@ class Adapter:
         shortcuts: yields ``(path, decoder channels)`` of every layer over a concatenation that ``--split`` cuts.
         finish_block: adds a quantized block's own quantizers, given the quantization asked for.
         inputs: yields the paths of the layers that see the noisy image itself, and nothing else.
+        time_embedding: paths of the modules that embed the timestep, which compute in float32 at any precision.
     """
 
     family: str
@@ -31,6 +32,7 @@ class Adapter:
     shortcuts: Callable[[nn.Module], Iterator[tuple[str, int]]]
     finish_block: Callable[[BaseQuantBlock, QuantConfig], None]
     inputs: Callable[[nn.Module], Iterator[str]]
+    time_embedding: tuple[str, ...] = ()
 
 
 def find_adapter(unet: nn.Module) -> Adapter:

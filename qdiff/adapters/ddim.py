@@ -74,4 +74,5 @@ ADAPTER = Adapter(
     shortcuts=_shortcuts,
     finish_block=_finish_block,
     inputs=_inputs,
+    time_embedding=("temb",),
 )

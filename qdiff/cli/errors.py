@@ -17,6 +17,7 @@ from ddim.config import ConfigError
 from ddim.pretrained import CheckpointUnavailable
 from qdiff.calibration_data import CalibrationSetError
 from qdiff.checkpoint import CheckpointError
+from qdiff.inference import InferenceError
 from qdiff.memory import BudgetError
 from qdiff.progress import ProgressError
 
@@ -46,6 +47,7 @@ class Stopped(KeyboardInterrupt):
 EXPLAINED = (
     UserError,
     BudgetError,
+    InferenceError,
     ConfigError,
     CalibrationSetError,
     CheckpointError,

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from qdiff.config import ACT_BITS, PRECISIONS, RANGE_METHODS, TIMED_RANGES, WEIGHT_BITS, CalibrationConfig
+from qdiff.config import ACT_BITS, CALI_PRECISIONS, RANGE_METHODS, TIMED_RANGES, WEIGHT_BITS, CalibrationConfig
+from qdiff.inference import PRECISIONS, InferenceConfig, Precision, why_not_compiled
 
 # What has a meaning only together with another flag.
 NEEDS_PTQ = (
@@ -169,6 +170,37 @@ def add_machine_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verbose", action="store_true", help="more detail in the log, and tracebacks with errors")
 
 
+def add_inference_flags(parser: Parser, *, precision: Precision = "full") -> None:
+    """``--precision`` and ``--compile``: how the network runs while sampling."""
+    group = parser.add_argument_group("inference", "these change the last digits of images, and speed")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=precision,
+        help="full: float32; autocast: float16 where torch finds it safe (on a CPU: full); fp16, bf16: weights held in "
+        "that type, on a GPU much faster. Activations are rounded to their grids in float32 all the same",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network first, on a GPU into one CUDA graph; pays off over many images",
+    )
+
+
+def check_inference(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse what would gain nothing on the device, and compiling without a compiler."""
+    device = resolve_device(args.device)
+    if device.type == "cpu" and args.precision == "fp16":
+        parser.error("--precision fp16 needs a GPU: on a CPU it is many times slower than full; use bf16 or full")
+    if args.compile and (lack := why_not_compiled(device)):
+        parser.error(f"--compile {lack}; or leave it out")
+
+
+def inference_config(args: argparse.Namespace) -> InferenceConfig:
+    """What the flags mean on the device they name."""
+    return InferenceConfig(args.precision, args.compile).on(resolve_device(args.device))
+
+
 def add_quantization_flags(
     parser: Parser, *, a_sym: bool = True, a_min_max: bool = False, default_quant_mode: str = "qdiff"
 ) -> None:
@@ -277,7 +309,7 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False) -> None:
     )
     group.add_argument(
         "--cali_precision",
-        choices=PRECISIONS,
+        choices=CALI_PRECISIONS,
         default=CalibrationConfig.precision,
         help="arithmetic of the reconstruction on a GPU; a CPU computes in fp32",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ddim.config import ConfigError, PixelConfig
@@ -22,7 +22,7 @@ from ddim.schedule import SKIP_TYPES, alphas_cumprod, make_betas, sampling_times
 from ddim.unet import UNet
 from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, check_file, real
-from qdiff.evaluation.sampling import tf32
+from qdiff.inference import tf32
 
 SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver")
 DPM_SKIP_TYPES = {"uniform": "time_uniform", "quad": "time_quadratic"}
@@ -207,7 +207,7 @@ def image_bar(total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, unit=" images", desc="sampling", bar_format=layout, smoothing=0.05)
 
 
-def with_bar(sampler: PixelSampler, model: nn.Module, bar: tqdm) -> Callable[..., Tensor]:
+def with_bar(sampler: PixelSampler, model: EpsilonModel, bar: tqdm) -> Callable[..., Tensor]:
     """The sampler for one model, (indices, on_step=None) -> samples, moving a bar at each model call."""
 
     def sample(indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ddim.config import PixelConfig, load_config
+from ddim.samplers import EpsilonModel
 from ddim.transforms import to_images
 from ddim.unet import UNet
 from qdiff.calibration_data import CalibrationSet, batches, load_calibration_set
@@ -21,10 +23,13 @@ from qdiff.cli.flags import (
     Parser,
     add_calibration_flags,
     add_common_flags,
+    add_inference_flags,
     add_quantization_flags,
     add_resume_flags,
     at_least,
+    check_inference,
     check_quantization,
+    inference_config,
     needs_calibration_set,
     resolve_device,
 )
@@ -51,6 +56,7 @@ from qdiff.cli.pixel import (
     with_bar,
 )
 from qdiff.cli.run_folder import RunFolder, check_room
+from qdiff.inference import prepare
 
 PROGRAM = "sample_diffusion_ddim.py"
 DESCRIPTION = (
@@ -79,6 +85,7 @@ def build_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
     add_model_flags(parser)
     add_sampler_flags(parser)
+    add_inference_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "-l",
@@ -100,6 +107,7 @@ def build_parser() -> Parser:
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what can be refused before any file but a checkpoint's header is read."""
     check_quantization(parser, args)
+    check_inference(parser, args)
     check_model_flags(parser, args, standalone=args.resume and is_packed(args.cali_ckpt))
 
 
@@ -175,9 +183,27 @@ def run_options(args: argparse.Namespace, config: PixelConfig, plan: QuantPlan |
             flags[name] = str(Path(flags[name]).absolute())  # the same file from wherever the run is continued
     flags["device"] = str(resolve_device(args.device))
     flags["batch_size"] = args.batch_size or config.sampling.batch_size
+    flags["precision"] = inference_config(args).precision  # decides images, while the device may change
     if plan is not None:
         flags |= plan.resolved_flags()
     return flags | {"model_config": config.to_dict()}
+
+
+def ready_to_sample(model: nn.Module, sampler: PixelSampler, args: argparse.Namespace, batch_size: int) -> EpsilonModel:
+    """The network in the precision of the flags, compiled if they say so."""
+    if batch_size == 0:
+        return model
+    started = time.perf_counter()
+    predict = prepare(
+        model,
+        inference_config(args),
+        shape=(batch_size, *sampler.image_shape),
+        device=sampler.device,
+        cuda_graph=args.compile and sampler.device.type == "cuda",
+    )
+    if args.compile:
+        logger.info("compiled for batches of %d in %.0f s", batch_size, time.perf_counter() - started)
+    return predict
 
 
 def sample_images(
@@ -190,7 +216,7 @@ def sample_images(
     if folder.continued and missing:
         logger.info("%d of %d images are there; going on at %06d", done, args.max_images, missing[0])
     with lower_on_out_of_memory("--batch_size", batch_size), image_bar(args.max_images, done) as bar:
-        sample = with_bar(sampler, model, bar)
+        sample = with_bar(sampler, ready_to_sample(model, sampler, args, min(batch_size, len(missing))), bar)
         for indices in batches(missing, batch_size):
             folder.save_images(indices, to_images(sample(indices), config.data))
             done += len(indices)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,58 +12,10 @@ from ddim.noise import ImageNoise
 from ddim.samplers import EpsilonModel, ddim_sample
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.transforms import to_images
+from qdiff.inference import InferenceConfig, prepare, tf32
 from qdiff.quant_model import evaluating
 
-WARMUP_CALLS = 3  # before a capture: lazy allocations, cuBLAS handles, cuDNN's choice of kernels
-
-
-class GraphedModel:
-    """A noise predictor whose kernels are launched as one CUDA graph.
-
-    A small network spends more time launching kernels than running them. The graph has fixed buffers of the size it was
-    captured with; smaller batches use their first rows, and what is computed for the others is dropped.
-
-    Args:
-        model: free of traffic between device and host, and of branches on values.
-        shape: of the largest batch, N x C x H x W.
-
-    Raises:
-        RuntimeError: the model cannot be captured.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: EpsilonModel, shape: Sequence[int], device: torch.device):
-        self._x = torch.zeros(*shape, device=device)
-        self._t = torch.zeros(shape[0], device=device)
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP_CALLS):
-                    model(self._x, self._t)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._out = model(self._x, self._t)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self._x[: len(x)].copy_(x)
-        self._t[: len(x)].copy_(t)
-        self._graph.replay()
-        return self._out[: len(x)].clone()  # the next replay overwrites it; multistep samplers keep it longer
-
-
-@contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in matrix products and convolutions for a while."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+AS_IT_IS = InferenceConfig()
 
 
 def sample_images(
@@ -79,7 +29,8 @@ def sample_images(
     eta: float = 0.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    use_cuda_graph: bool | None = None,
+    inference: InferenceConfig = AS_IT_IS,
+    cuda_graph: bool | None = None,
     allow_tf32: bool = False,
     start: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -91,8 +42,9 @@ def sample_images(
         timesteps, skip_type, eta: as for :func:`ddim.schedule.sampling_timesteps` and
             :func:`ddim.samplers.ddim_sample`.
         seed: image i has the same noise whatever ``count`` and ``batch_size``.
-        use_cuda_graph: None captures on a GPU and falls back, with a warning, where the model resists; True raises
-            there.
+        inference: precision and compilation. A network in another precision than ``full`` is changed in place
+            (:func:`qdiff.inference.prepare`).
+        cuda_graph: as for :func:`qdiff.inference.prepare`.
         allow_tf32: faster matrix products and convolutions on a GPU, with 10 bits of mantissa.
         start: starting noise, count x C x H x W, in place of the seed's.
         on_batch: told after each batch how many images it brought.
@@ -101,6 +53,7 @@ def sample_images(
         count x C x H x W float32 in [0, 1], on the CPU.
 
     Raises:
+        InferenceError: the model cannot be run as ``inference`` says.
         ValueError: a count or size below 1, starting noise of another shape, a graph asked for without a GPU.
     """
     device = torch.device(device)
@@ -109,17 +62,16 @@ def sample_images(
         raise ValueError(f"count {count} and batch_size {batch_size} must be at least 1")
     if start is not None and start.shape != (count, *shape):
         raise ValueError(f"start has shape {tuple(start.shape)}; expected {(count, *shape)}")
-    if use_cuda_graph and device.type != "cuda":
-        raise ValueError(f"use_cuda_graph needs a GPU; device is {device}")
 
     alpha_bar = alphas_cumprod(make_betas(config.diffusion))
     times = sampling_timesteps(config.diffusion.num_diffusion_timesteps, timesteps, skip_type)
     images = []
     networks = [model] if isinstance(model, nn.Module) else []
     with torch.no_grad(), evaluating(*networks), tf32(allow_tf32):
-        predict = model
-        if use_cuda_graph or (use_cuda_graph is None and device.type == "cuda"):
-            predict = _graphed(model, (min(batch_size, count), *shape), device, required=bool(use_cuda_graph))
+        batch_shape = (min(batch_size, count), *shape)
+        predict = prepare(
+            model, inference, shape=batch_shape, device=device, cuda_graph=cuda_graph, allow_tf32=allow_tf32
+        )
         for first in range(0, count, batch_size):
             numbers = range(first, min(first + batch_size, count))
             noise = ImageNoise(seed, numbers, shape, device)
@@ -129,14 +81,3 @@ def sample_images(
             if on_batch is not None:
                 on_batch(len(numbers))
     return torch.cat(images)
-
-
-def _graphed(model: EpsilonModel, shape: tuple[int, ...], device: torch.device, required: bool) -> EpsilonModel:
-    """The model as a captured graph, or as it is where that fails and is not required."""
-    try:
-        return GraphedModel(model, shape, device)
-    except RuntimeError as error:
-        if required or isinstance(error, torch.OutOfMemoryError):
-            raise
-        warnings.warn(f"the model cannot be captured as a CUDA graph, sampling without: {error}", stacklevel=3)
-        return model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.unet import UNet
 from qdiff.checkpoint import load_quantized, read_info
 from qdiff.evaluation.image_metrics import output_error
+from qdiff.evaluation.timing import median_seconds
 from qdiff.quant_model import QuantModel, evaluating
 
 HELD_OUT_SEED = 987_654_321  # of starting noise that no calibration command draws by default
@@ -86,20 +85,8 @@ def held_out_inputs(
 
 @torch.no_grad()
 def seconds_per_step(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, repeats: int = 5) -> float:
-    """Median wall time of one network call."""
-    times = []
-    for _ in range(repeats + 1):
-        _wait(x.device)
-        started = time.perf_counter()
-        model(x, t)
-        _wait(x.device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])  # the first call allocates and tunes
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Median time of one network call."""
+    return median_seconds(lambda: model(x, t), x.device, repeats=repeats)
 
 
 def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, columns: int = 12) -> None:
@@ -120,7 +107,9 @@ def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, colum
     )
     for (label, images), line in zip(shown.items(), axes, strict=True):
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(
+                image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+            )
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)

@@ -13,8 +13,7 @@ from ddim.noise import ImageNoise
 from ddim.samplers import ddim_sample
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.transforms import to_images
-from qdiff.evaluation import sampling
-from qdiff.evaluation.sampling import GraphedModel, sample_images
+from qdiff.evaluation.sampling import sample_images
 
 CONFIG = config_from_dict(
     {
@@ -115,30 +114,4 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="start has shape"):
         sample_images(model, CONFIG, count=2, batch_size=2, start=torch.zeros(3, 1, 8, 8))
     with pytest.raises(ValueError, match="needs a GPU"):
-        sample_images(model, CONFIG, count=2, batch_size=2, use_cuda_graph=True)
-
-
-def test_a_model_that_cannot_be_captured_is_sampled_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(sampling, "GraphedModel", refuse)
-    model = single_image_model(0.0)
-    with pytest.warns(UserWarning, match="not permitted"):
-        assert sampling._graphed(model, (2, 1, 8, 8), torch.device("cpu"), required=False) is model
-    with pytest.raises(RuntimeError, match="not permitted"):
-        sampling._graphed(model, (2, 1, 8, 8), torch.device("cpu"), required=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_model_computes_the_same() -> None:
-    torch.manual_seed(0)
-    model = Layer().cuda()
-    graphed = GraphedModel(model, (4, 1, 8, 8), torch.device("cuda"))
-    for size in (4, 3):
-        x, t = torch.randn(size, 1, 8, 8, device="cuda"), torch.full((size,), 7.0, device="cuda")
-        torch.testing.assert_close(graphed(x, t), model(x, t))
-    options = {"count": 7, "batch_size": 4, "timesteps": 5, "seed": 2, "device": "cuda"}
-    plain, captured = (sample_images(model, CONFIG, use_cuda_graph=flag, **options) for flag in (False, True))
-    torch.testing.assert_close(plain, captured, atol=1e-5, rtol=0)
+        sample_images(model, CONFIG, count=2, batch_size=2, cuda_graph=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +16,18 @@ import yaml
 from ddim.config import load_config
 from ddim.unet import UNet
 from qdiff.cli import make_calibration_data, sample_ddim
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def load_script(name: str) -> ModuleType:
+    """A script that is a module of its own, not one of ``qdiff.cli``."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
 
 CONFIG = {
     "data": {"dataset": "CIFAR10", "image_size": 8, "channels": 3, "rescaled": True},

@@ -49,6 +49,8 @@ DEFAULTS = {
     "--max_images": 50000,
     "--batch_size": None,
     "--device": None,
+    "--precision": "full",
+    "--compile": False,
 }
 
 
@@ -134,6 +136,8 @@ FLAG_ERRORS = {
     "--max_images -1": ["--max_images", "'-1'"],
     "--batch_size 0": ["--batch_size", "'0'"],
     "--seed x": ["--seed", "'x'"],
+    "--precision fp8": ["--precision", "fp8", "full", "autocast", "fp16", "bf16"],
+    "--precision fp16": ["--precision fp16", "GPU", "bf16"],
     "--wieght_bit 4": ["--wieght_bit", "did you mean --weight_bit?"],
     "--ptq --use_pretrained": ["--use_pretrained", "not allowed with", "--ckpt"],
     "--weight_bit 4": ["--weight_bit 4 needs --ptq"],
@@ -184,6 +188,16 @@ def test_refused(miniature, tmp_path, failing, flags):
     assert failure.status == 2
     for words in FLAG_ERRORS[flags]:
         assert words in failure.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_compiling_without_a_compiler(miniature, tmp_path, failing, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    failure = failing(*miniature.flags(), "-l", tmp_path / "out", "--compile")
+    assert failure.status == 2
+    assert "--compile needs" in failure.message
+    assert "no-such-compiler" in failure.message
+    assert "leave it out" in failure.message
     assert not (tmp_path / "out").exists()
 
 

@@ -165,6 +165,43 @@ def test_batch_size_with_quantized_activations(miniature, calibrated, tmp_path):
     assert psnr(pictures(sample(flags, tmp_path, "--batch_size", 1)), pictures(calibrated)) >= 35
 
 
+def test_half_precision_is_recorded_and_near(miniature, calibrated, tmp_path, failing):
+    """It changes images a little, so a run is continued in the precision it was started in."""
+    flags = [*miniature.flags(), "--ptq", "--quant_act", "--resume"]
+    flags += ["--cali_ckpt", str(calibrated / "ckpt.safetensors")]
+    folder = sample(flags, tmp_path, "--precision", "bf16")
+    assert psnr(pictures(folder), pictures(calibrated)) >= 25
+    assert not torch.equal(pictures(folder), pictures(calibrated))
+    options = yaml.safe_load((folder / "sampling_config.yaml").read_text())
+    assert (options["precision"], options["compile"]) == ("bf16", False)
+    failure = failing(*flags, "-l", folder, "--max_images", IMAGES)
+    assert "precision is 'full', was 'bf16'" in failure.message
+
+
+def test_autocast_is_recorded_as_what_it_means(miniature, full, tmp_path):
+    folder = sample(miniature.flags(), tmp_path, "--precision", "autocast")
+    assert yaml.safe_load((folder / "sampling_config.yaml").read_text())["precision"] == "full"
+    assert torch.equal(pictures(folder), pictures(full))
+
+
+def test_compiled_once_for_all_batches(miniature, calibrated, tmp_path, monkeypatch):
+    """The last batch is smaller; what is compiled is the network that was loaded."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
+    flags = [*miniature.flags(), "--ptq", "--quant_act", "--resume"]
+    flags += ["--cali_ckpt", str(calibrated / "ckpt.safetensors"), "--compile", "--batch_size", "2"]
+    folder = sample(flags, tmp_path)
+    assert len(compiled) == 1
+    assert psnr(pictures(folder), pictures(calibrated)) >= 35
+    assert "compiled for batches of 2" in (folder / "run.log").read_text()
+
+
 def test_seed_changes_images(miniature, tmp_path, full):
     assert not torch.equal(pictures(sample(miniature.flags(), tmp_path, "--seed", 5)), pictures(full))
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,8 @@ from torch import Tensor
 from ddim.config import config_from_dict, load_config
 from ddim.unet import UNet
 
+from .conftest import load_script
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = """
 data: {dataset: FashionMNIST, image_size: 32, channels: 1, rescaled: true}
@@ -29,14 +28,6 @@ diffusion: {beta_schedule: linear, beta_start: 0.0001, beta_end: 0.02, num_diffu
 training: {batch_size: 2}
 optim: {lr: 0.001}
 """
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 script = load_script("train_pixel_ddpm")

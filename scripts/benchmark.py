@@ -1,0 +1,743 @@
+"""How long things take, and which part of them takes it.
+
+    python scripts/benchmark.py calibration     a whole calibration, from the start of the process to its checkpoint
+    python scripts/benchmark.py step            one call of the network, in every precision, compiled and not
+    python scripts/benchmark.py range-search    the search for the range of one large weight
+    python scripts/benchmark.py scaling         calibration time against units, samples and iterations
+    python scripts/benchmark.py cpu             ratios on a CPU: steps, and iterations of every unit
+
+Each prints a table, and writes it as JSON with the device, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo.utils
+from torch import Tensor, nn
+
+from ddim.config import PixelConfig, load_config
+from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from ddim.unet import UNet
+from qdiff.calibrate import UnitProgress, calibrate
+from qdiff.calibration_data import CalibrationSet, load_calibration_set, selected_steps
+from qdiff.capture import UnitData
+from qdiff.checkpoint import save_packed
+from qdiff.cli.errors import UserError, exit_on_error
+from qdiff.cli.flags import Help, at_least, device_name, resolve_device
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.evaluation.image_metrics import psnr
+from qdiff.evaluation.record import environment, write_json
+from qdiff.evaluation.sampling import sample_images
+from qdiff.evaluation.timing import (
+    in_turn,
+    linear_fit,
+    median_seconds,
+    ratio,
+    seconds,
+    seconds_of_process,
+    wait_for,
+)
+from qdiff.evaluation.variants import from_packed, full_precision, markdown_table
+from qdiff.inference import InferenceConfig, prepare, tf32, why_not_compiled
+from qdiff.primitives import reconstruction_loss, search_grid
+from qdiff.quant_model import QuantModel, Unit, evaluating
+from qdiff.reconstruction import UnitReport, reconstruct_activations, reconstruct_weights
+
+PROGRAM = "benchmark.py"
+CALIBRATION = importlib.import_module("qdiff.calibrate")  # the module; the package has a function of that name
+ROOT = Path(__file__).resolve().parents[1]
+CIFAR = ROOT / "configs" / "cifar10.yml"
+FASHION = ROOT / "configs" / "fashion_mnist.yml"
+BUNDLED = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8.safetensors"
+W4A8 = QuantConfig(4, 8, quant_act=True, a_sym=True, split=True)
+SAMPLER_STEPS = 100
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest calibration, for the lines of `scaling`
+
+
+@dataclass
+class Result:
+    """What a subcommand found.
+
+    Attributes:
+        table: header and lines, as printed.
+        facts: everything, as plain values.
+    """
+
+    header: list[str]
+    lines: list[list[str]]
+    facts: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        return "\n\n".join([markdown_table(self.header, self.lines), *self.notes])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__.strip(), formatter_class=Help, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[Any], Result], config: Path | None, summary: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=summary, description=summary, formatter_class=Help, allow_abbrev=False)
+        own.set_defaults(run=run)
+        if config is not None:
+            own.add_argument("--config", type=Path, default=config, help="the model")
+        own.add_argument("--device", type=device_name, help="cpu or cuda [cuda where there is one]")
+        own.add_argument("--json", type=Path, help=f"where the figures go [benchmark-{name}.json]")
+        own.add_argument("--threads", type=at_least(1), help="of a CPU [torch's choice]")
+        return own
+
+    own = add("calibration", benchmark_calibration, CIFAR, "A whole calibration, split into its parts.")
+    add_calibration_arguments(own)
+    own.add_argument("--units", type=at_least(1), metavar="K", help="learn K evenly spaced units, extrapolate the rest")
+    own.add_argument("--profile", action="store_true", help="what iterations consist of; use few of them")
+
+    own = add("step", benchmark_step, CIFAR, "One call of the network: precisions, quantized or not, compiled or not.")
+    own.add_argument(
+        "--batch_sizes", type=at_least(1), nargs="+", default=[64, 256], metavar="N", help="images at once [64 256]"
+    )
+    own.add_argument("--repeats", type=at_least(1), default=30, metavar="N", help="calls of which the median is taken")
+    own.add_argument("--variants", nargs="+", metavar="NAME", help="only these [all that the device can run]")
+    own.add_argument("--psnr", type=at_least(1), metavar="N", help="also compare N images of the bundled model")
+    own.add_argument("--timesteps", type=at_least(1), default=SAMPLER_STEPS, metavar="N", help="of these images")
+
+    own = add("range-search", benchmark_range_search, None, "The error search for the range of one 320x320x3x3 weight.")
+    own.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="calls of which the median is taken")
+
+    own = add("scaling", benchmark_scaling, FASHION, "Calibration time against units, samples and iterations.")
+    add_calibration_arguments(own, iters=400, iters_a=100)
+    own.add_argument("--plot", type=Path, help="where the picture goes [benchmark-scaling.png]")
+
+    own = add(
+        "cpu", benchmark_cpu, None, "Ratios within one run, on the bundled model: a step, iterations of each unit."
+    )
+    own.add_argument("--batch_size", type=at_least(1), default=32, metavar="N", help="images or samples at once")
+    own.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="in each of which everything runs once")
+    own.add_argument("--iterations", type=at_least(1), default=10, metavar="N", help="of a unit in a round")
+    own.add_argument("--units", type=at_least(1), metavar="K", help="only K evenly spaced units [all]")
+    return parser
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser, *, iters: int = 20_000, iters_a: int = 5_000) -> None:
+    parser.add_argument("--random_weights", action="store_true", help="do not look for the model's weights")
+    parser.add_argument("--iters", type=at_least(0), default=iters, metavar="N", help="iterations a unit, weights")
+    parser.add_argument("--iters_a", type=at_least(0), default=iters_a, metavar="N", help="the same, activations")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, metavar="N", help="samples an iteration")
+    parser.add_argument("--cali_st", type=at_least(1), default=20, metavar="N", help="timesteps of the set")
+    parser.add_argument("--cali_n", type=at_least(1), default=256, metavar="N", help="samples of each")
+    parser.add_argument("--cali_data_path", type=Path, metavar="FILE", help="a set [noised random images]")
+    parser.add_argument("--cali_precision", metavar="NAME", help="of the reconstruction [the calibration's default]")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = resolve_device("cpu" if args.command == "cpu" else args.device)
+    with exit_on_error(PROGRAM):
+        result = args.run(args)
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "device")
+        }
+        facts = {"benchmark": args.command, "environment": environment(args.device), "settings": settings}
+        path = args.json or Path(f"benchmark-{args.command}.json")
+        write_json(path, facts | result.facts)
+        print(f"\n{result.text()}\n\n{', '.join(f'{k} {v}' for k, v in facts['environment'].items())}; {path}")
+    return 0
+
+
+# A calibration.
+
+
+@dataclass
+class Breakdown:
+    """Where the time of one calibration went, in seconds.
+
+    Attributes:
+        setup: from the start of the process: imports, weights, wrapping, the set.
+        capture: collecting inputs and targets of units.
+        ranges: of weights and activations.
+        weights, activations: reconstruction.
+        saving: the checkpoint.
+        reports: of the units, those that were skipped included.
+        skipped: paths of units that were only passed through.
+    """
+
+    setup: float = 0.0
+    capture: float = 0.0
+    ranges: float = 0.0
+    weights: float = 0.0
+    activations: float = 0.0
+    saving: float = 0.0
+    reports: list[UnitReport] = field(default_factory=list)
+    skipped: frozenset[str] = frozenset()
+    peak_gpu_bytes: int = 0
+
+    PARTS = ("setup", "capture", "ranges", "weights", "activations", "saving")
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part) for part in self.PARTS)
+
+    def extrapolated(self) -> Breakdown:
+        """As if every unit had been learned: those that were stand for all."""
+        learned = [r for r in self.reports if r.name not in self.skipped]
+        share = len(self.reports) / max(1, len(learned))
+        return dataclasses.replace(self, weights=self.weights * share, activations=self.activations * share)
+
+
+def benchmark_calibration(args: Any) -> Result:
+    started = time.perf_counter() - seconds_of_process()
+    with profiled(args) as profile:
+        parts = run_calibration(args, started=started, units=args.units)
+    whole = parts.extrapolated()
+    lines = [[name, f"{getattr(whole, name):.1f}", f"{getattr(whole, name) / whole.total:.0%}"] for name in whole.PARTS]
+    lines.append(["whole", f"{whole.total:.1f}", ""])
+    rows = unit_rows(parts)
+    notes = [
+        markdown_table(["unit", "kind", "phase", "iterations", "ms an iteration", "peak GPU MiB"], [*map(list, rows)])
+    ]
+    if args.units:
+        learned = len({r.name for r in parts.reports}) - len(parts.skipped)
+        notes.append(
+            f"Extrapolated: {learned} of {len({r.name for r in parts.reports})} units were learned, in "
+            f"{parts.weights + parts.activations:.1f} s."
+        )
+    facts = {name: getattr(whole, name) for name in whole.PARTS} | {
+        "whole": whole.total,
+        "extrapolated": bool(args.units),
+    }
+    facts["compiling"] = compile_seconds()
+    notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
+    facts |= {"peak_gpu_bytes": parts.peak_gpu_bytes, "units": [report_facts(r) for r in parts.reports]}
+    if profile:
+        notes.append(profile_table(profile[0], parts))
+        facts["kernels"] = profile[0]
+    return Result(["part", "seconds", "share"], lines, facts, notes)
+
+
+def compile_seconds() -> float:
+    """What torch.compile took in this process."""
+    return sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [0.0]))
+
+
+def run_calibration(
+    args: Any, *, started: float, units: int | None = None, samples: int | None = None, **changes: Any
+) -> Breakdown:
+    """One calibration as the sampling command does it, to a checkpoint in a temporary folder.
+
+    Args:
+        started: when the clock of the set-up began, on ``time.perf_counter``.
+        units: learn only so many.
+        samples: of each timestep, in place of ``args.cali_n``.
+        changes: fields of :class:`CalibrationConfig`.
+    """
+    device, config = args.device, load_config(args.config)
+    qnn = QuantModel.from_config(network(config, random=args.random_weights).to(device), W4A8)
+    data = calibration_set(args, config, samples or args.cali_n)
+    options = calibration_config(args, **changes)
+    chosen = evenly([unit.path for unit in qnn.units()], units)
+    parts = Breakdown(skipped=frozenset(unit.path for unit in qnn.units() if unit.path not in chosen))
+    wait_for(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    parts.setup = time.perf_counter() - started
+
+    clock = _Clock(parts, device)
+    with clock.timing_ranges(qnn), only(chosen):
+        calibrate(qnn, data, options, on_unit=clock.unit_done)
+    clock.finish()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ckpt.safetensors"
+        parts.saving = seconds(lambda: save_packed(path, qnn), device)
+    if device.type == "cuda":
+        parts.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+    return parts
+
+
+class _Clock:
+    """Divides the time of a calibration as it runs: what is neither a range nor a unit's optimisation is capture."""
+
+    def __init__(self, parts: Breakdown, device: torch.device):
+        self.parts, self.device = parts, device
+        self.last = time.perf_counter()
+
+    def unit_done(self, progress: UnitProgress) -> None:
+        report = progress.report
+        self.parts.reports.append(report)
+        setattr(self.parts, report.phase, getattr(self.parts, report.phase) + report.seconds)
+        self._rest(report.seconds)
+
+    def finish(self) -> None:
+        wait_for(self.device)
+        self._rest(0.0)
+
+    def _rest(self, known: float) -> None:
+        now = time.perf_counter()
+        self.parts.capture += now - self.last - known
+        self.last = now
+
+    @contextmanager
+    def timing_ranges(self, qnn: QuantModel) -> Iterator[None]:
+        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*words: Any, **options: Any) -> Any:
+                found: list[Any] = []
+                taken = seconds(lambda: found.append(function(*words, **options)), self.device)
+                self.parts.ranges += taken
+                self.last += taken
+                return found[0]
+
+            return run
+
+        weights = mock.patch.object(qnn, "find_weight_grids", timed(qnn.find_weight_grids))
+        names = [name for name in ("find_act_ranges", "update_running_ranges") if hasattr(CALIBRATION, name)]
+        acts = mock.patch.multiple(CALIBRATION, **{name: timed(getattr(CALIBRATION, name)) for name in names})
+        with weights, acts:
+            yield
+
+
+@contextmanager
+def only(chosen: Sequence[str]) -> Iterator[None]:
+    """Units that are not chosen are passed through with no iteration."""
+
+    def skipping(function: Callable[..., UnitReport]) -> Callable[..., UnitReport]:
+        def run(unit: Unit, data: UnitData, config: CalibrationConfig, **options: Any) -> UnitReport:
+            if unit.path not in chosen:
+                config = dataclasses.replace(config, iters=0, iters_a=0)
+            return function(unit, data, config, **options)
+
+        return run
+
+    names = ("reconstruct_weights", "reconstruct_activations")
+    with mock.patch.multiple(CALIBRATION, **{name: skipping(getattr(CALIBRATION, name)) for name in names}):
+        yield
+
+
+def network(config: PixelConfig, *, random: bool) -> UNet:
+    """The model with its weights, or with random ones; on the CPU, in evaluation mode."""
+    if not random:
+        return full_precision(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet.from_config(config).eval()
+
+
+def calibration_set(args: Any, config: PixelConfig, samples: int) -> CalibrationSet:
+    """The set of the flags, or random images noised as the forward process does, at the steps a sampler would visit."""
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    if args.cali_data_path is not None:
+        return load_calibration_set(args.cali_data_path, cali_st=args.cali_st, cali_n=samples, image_shape=shape)
+    alpha_bar = alphas_cumprod(make_betas(config.diffusion))
+    visited = sampling_timesteps(config.diffusion.num_diffusion_timesteps, SAMPLER_STEPS, "quad")[::-1]
+    times = [visited[step] for step in selected_steps(len(visited), args.cali_st)]
+    draws = torch.Generator().manual_seed(0)
+    t = torch.tensor(times).repeat_interleave(samples)
+    images = torch.rand(len(t), *shape, generator=draws) * 2 - 1
+    a = alpha_bar[t].float().view(-1, 1, 1, 1)
+    x = a.sqrt() * images + (1 - a).sqrt() * torch.randn(images.shape, generator=draws)
+    return CalibrationSet(x, t.float())
+
+
+def calibration_config(args: Any, **changes: Any) -> CalibrationConfig:
+    options = {"iters": args.iters, "iters_a": args.iters_a, "batch_size": args.batch_size}
+    if args.cali_precision is not None:
+        if "precision" not in {f.name for f in dataclasses.fields(CalibrationConfig)}:
+            raise UserError(f"--cali_precision {args.cali_precision}: this version reconstructs in one precision only")
+        options["precision"] = args.cali_precision
+    try:
+        return CalibrationConfig(**options | changes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def evenly(names: Sequence[str], count: int | None) -> list[str]:
+    """``count`` of the names, evenly spaced from the first to the last; all where it is None or too large."""
+    if count is None or count >= len(names):
+        return list(names)
+    return [names[round(i * (len(names) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def unit_rows(parts: Breakdown) -> Iterator[list[str]]:
+    for r in parts.reports:
+        if r.name not in parts.skipped:
+            each = f"{1e3 * r.seconds / r.iterations:.3f}" if r.iterations else ""
+            peak = getattr(r, "peak_gpu_bytes", 0)
+            yield [r.name, r.kind, r.phase, str(r.iterations), each, f"{peak / 2**20:.0f}" if peak else ""]
+
+
+def report_facts(report: UnitReport) -> dict[str, Any]:
+    """Plain values of a report, whatever fields it has."""
+    return {k: v for k, v in dataclasses.asdict(report).items() if isinstance(v, (str, int, float, bool, type(None)))}
+
+
+@contextmanager
+def profiled(args: Any) -> Iterator[list[list[dict[str, Any]]]]:
+    """Yields a list that holds, at the end, the kernels (operations, on a CPU) and their times; empty without
+    ``--profile``.
+    """
+    found: list[list[dict[str, Any]]] = []
+    if not args.profile:
+        yield found
+        return
+    on_gpu = args.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        yield found
+    time_of = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
+    events = sorted(profile.key_averages(), key=time_of, reverse=True)
+    found.append([{"name": e.key, "calls": e.count, "seconds": time_of(e) / 1e6} for e in events if time_of(e) > 0])
+
+
+def profile_table(kernels: list[dict[str, Any]], parts: Breakdown, shown: int = 12) -> str:
+    """The kernels that take most, and how much of the reconstruction's time all of them fill."""
+    iterations = sum(r.iterations for r in parts.reports if r.name not in parts.skipped)
+    busy, wall = sum(k["seconds"] for k in kernels), parts.weights + parts.activations + parts.capture + parts.ranges
+    lines = [[k["name"][:70], str(k["calls"]), f"{1e3 * k['seconds']:.1f}"] for k in kernels[:shown]]
+    calls = sum(k["calls"] for k in kernels)
+    return (
+        markdown_table(["kernel", "calls", "ms"], lines)
+        + f"\n\nAll kernels: {busy:.2f} s of {wall:.2f} s ({busy / wall:.0%}); the rest is launching and the host. "
+        f"{calls} calls for {iterations} iterations, capture included."
+    )
+
+
+# A step.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the network.
+
+    Attributes:
+        quant: ``full``, ``w4a8`` or ``w4a32``, the last two with split shortcuts and symmetric activations.
+    """
+
+    name: str
+    quant: str
+    inference: InferenceConfig
+    allow_tf32: bool = False
+
+
+COMPILED = ("full fp16 compiled", "full bf16 compiled")
+
+
+def variants(device: torch.device) -> list[Variant]:
+    """All that the device can run. On a CPU bf16 stands for fp16, which it computes many times slower."""
+    on_gpu = device.type == "cuda"
+    half = "fp16" if on_gpu else "bf16"
+    compiles = why_not_compiled(device) is None
+    found = [Variant("full fp32", "full", InferenceConfig())]
+    if on_gpu:
+        found.append(Variant("full tf32", "full", InferenceConfig(), allow_tf32=True))
+        found.append(Variant("full fp16 autocast", "full", InferenceConfig("autocast")))
+    for quant in ("full", "w4a8", "w4a32"):
+        found += [] if quant == "full" else [Variant(f"{quant} fp32", quant, InferenceConfig())]
+        found.append(Variant(f"{quant} {half}", quant, InferenceConfig(half)))
+        found += [Variant(f"{quant} {half} compiled", quant, InferenceConfig(half, compile=True))] if compiles else []
+    return found
+
+
+def benchmark_step(args: Any) -> Result:
+    config = load_config(args.config)
+    chosen = variants(args.device)
+    if args.variants:
+        known = [v.name for v in chosen]
+        if unknown := [name for name in args.variants if name not in known]:
+            raise UserError(f"--variants {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
+        chosen = [v for v in chosen if v.name in args.variants]
+    rows = [row for size in args.batch_sizes for row in step_rows(chosen, config, size, args)]
+    add_ratios(rows)
+    lines = [
+        [
+            row["variant"],
+            str(row["batch_size"]),
+            *(number(row[key]) for key in ("ms", "graph_ms", "ratio", "prepare_s")),
+        ]
+        for row in rows
+    ]
+    header = ["variant", "batch", "ms a step", "ms as one graph", "times compiled half precision", "s to make ready"]
+    notes = ["The second minus the third column is launching; a compiled network is always one graph on a GPU."]
+    facts: dict[str, Any] = {"rows": rows}
+    if args.psnr:
+        facts["psnr"] = compare_images(args)
+        notes.append(
+            markdown_table(
+                ["network", "PSNR to eager fp32, dB", "worst image", "eager fp32 to full precision"],
+                [[name, *(number(v) for v in row.values())] for name, row in facts["psnr"].items()],
+            )
+        )
+    return Result(header, lines, facts, notes)
+
+
+def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Each step against that of the full-precision network compiled in half precision, at the same batch size."""
+    for row in rows:
+        base = [r for r in rows if r["variant"] in COMPILED and r["batch_size"] == row["batch_size"]]
+        row["ratio"] = row["best_ms"] / base[0]["best_ms"] if base else None
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+@torch.no_grad()
+def step_rows(chosen: Sequence[Variant], config: PixelConfig, batch_size: int, args: Any) -> Iterator[dict[str, Any]]:
+    shape = (batch_size, config.data.channels, config.data.image_size, config.data.image_size)
+    x, t = torch.randn(shape, device=args.device), torch.full((batch_size,), 400.0, device=args.device)
+    on_gpu = args.device.type == "cuda"
+    for variant in chosen:
+        row: dict[str, Any] = {"variant": variant.name, "batch_size": batch_size, "ms": None, "graph_ms": None}
+        # Nothing to capture on a CPU; what is compiled for a GPU is always captured.
+        for graph in (False, True) if on_gpu and not variant.inference.compile else (on_gpu,):
+            model = step_model(variant.quant, config, args.device)
+            started = time.perf_counter()
+            run = prepare(
+                model,
+                variant.inference,
+                shape=shape,
+                device=args.device,
+                cuda_graph=graph,
+                allow_tf32=variant.allow_tf32,
+            )
+            wait_for(args.device)
+            row["prepare_s"] = time.perf_counter() - started
+            with tf32(variant.allow_tf32):
+                taken = median_seconds(lambda run=run: run(x, t), args.device, repeats=args.repeats, warmup=3)
+            row["graph_ms" if graph else "ms"] = 1e3 * taken
+        row["best_ms"] = min(ms for ms in (row["ms"], row["graph_ms"]) if ms is not None)
+        print(row, file=sys.stderr, flush=True)
+        yield row
+
+
+def step_model(quant: str, config: PixelConfig, device: torch.device) -> nn.Module:
+    """With random weights: a step takes the same time with any. Ranges come from a few random inputs."""
+    unet = network(config, random=True).to(device)
+    if quant == "full":
+        return unet
+    qnn = QuantModel.from_config(unet, W4A8)
+    x = torch.randn(2, config.data.channels, config.data.image_size, config.data.image_size)
+    calibrate(qnn, CalibrationSet(x, torch.full((2,), 400.0)), CalibrationConfig(), mode="linear")
+    qnn.set_quant_state(True, quant == "w4a8")
+    return qnn
+
+
+def compare_images(args: Any) -> dict[str, dict[str, float | None]]:
+    """Images of the bundled model, made ready for speed against eager fp32, from the same noise."""
+    config, device = load_config(FASHION), args.device
+    fast = InferenceConfig("fp16" if device.type == "cuda" else "bf16", compile=why_not_compiled(device) is None)
+
+    def sample(model: nn.Module, inference: InferenceConfig) -> Tensor:
+        return sample_images(
+            model.to(device),
+            config,
+            count=args.psnr,
+            batch_size=min(args.psnr, 256),
+            timesteps=args.timesteps,
+            device=device,
+            inference=inference,
+            cuda_graph=inference.compile and device.type == "cuda",
+        )
+
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "full": lambda: full_precision(config),
+        "W4A32": lambda: from_packed(BUNDLED, config, quant_act=False),
+        "W4A8": lambda: from_packed(BUNDLED, config),
+    }
+    exact = {name: sample(make(), InferenceConfig()) for name, make in makes.items()}
+    found: dict[str, dict[str, float | None]] = {}
+    for name, make in makes.items():
+        near = psnr(sample(make(), fast), exact[name])
+        to_full = None if name == "full" else psnr(exact[name], exact["full"]).mean().item()
+        found[name] = {"mean": near.mean().item(), "worst": near.min().item(), "to_full": to_full}
+    return found
+
+
+# The range search.
+
+
+def benchmark_range_search(args: Any) -> Result:
+    weight = torch.randn(320, 320, 3, 3, generator=torch.Generator().manual_seed(0)).to(args.device)
+    search = lambda: search_grid(weight, 4, symmetric=False, channel_wise=True)  # noqa: E731
+    first = seconds(search, args.device)
+    taken = median_seconds(search, args.device, repeats=args.repeats)
+    lines = [["320x320x3x3, 4 bits", f"{1e3 * first:.1f}", f"{1e3 * taken:.1f}"]]
+    return Result(["weight", "first call, ms", "ms"], lines, {"first_ms": 1e3 * first, "ms": 1e3 * taken})
+
+
+# Scaling.
+
+
+def benchmark_scaling(args: Any) -> Result:
+    """Calibrations that differ from the largest in one thing: a quarter, a half, three quarters of it."""
+    units = len(QuantModel.from_config(network(load_config(args.config), random=True), W4A8).units())
+    axes: dict[str, list[tuple[float, dict[str, Any]]]] = {
+        "iterations": [
+            (
+                round(s * args.iters) + round(s * args.iters_a),
+                {"iters": round(s * args.iters), "iters_a": round(s * args.iters_a)},
+            )
+            for s in SHARES
+        ],
+        "samples": [(args.cali_st * n, {"samples": n}) for n in (max(1, round(s * args.cali_n)) for s in SHARES)],
+        "units": [(n, {"units": n}) for n in (max(1, round(s * units)) for s in SHARES)],
+    }
+    run_calibration(args, started=time.perf_counter(), units=1)  # not counted: loads libraries
+    facts: dict[str, Any] = {}
+    lines = []
+    for axis, points in axes.items():
+        xs, ys = [], []
+        for at, changes in points:
+            parts = run_calibration(args, started=time.perf_counter(), **changes)
+            xs.append(float(at))
+            ys.append(parts.total - parts.setup)
+            print(axis, at, f"{ys[-1]:.2f} s", file=sys.stderr, flush=True)
+        start, slope, explained = linear_fit(xs, ys)
+        facts[axis] = {"x": xs, "seconds": ys, "intercept": start, "slope": slope, "r2": explained}
+        shown = ", ".join(f"{x:g}: {y:.1f}" for x, y in zip(xs, ys, strict=True))
+        lines.append([axis, shown, f"{start:.2f}", f"{1e3 * slope:.3f}", f"{explained:.4f}"])
+    picture = args.plot or Path("benchmark-scaling.png")
+    plot_scaling(facts, picture)
+    header = ["against", "seconds at", "start, s", "ms for each", "R² of the line"]
+    return Result(header, lines, facts, [f"Set-up is not counted. Picture: {picture}"])
+
+
+def plot_scaling(facts: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(facts), figsize=(3.4 * len(facts), 3), layout="constrained", sharey=True)
+    for (axis, fit), panel in zip(facts.items(), panels, strict=True):
+        panel.plot(fit["x"], fit["seconds"], "o")
+        ends = [0.0, max(fit["x"])]
+        panel.plot(ends, [fit["intercept"] + fit["slope"] * x for x in ends], "-", linewidth=1)
+        panel.set_xlabel(axis)
+    panels[0].set_ylabel("calibration, s")
+    panels[0].set_ylim(bottom=0)  # of all panels, once everything is drawn
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# Ratios on a CPU.
+
+
+def benchmark_cpu(args: Any) -> Result:
+    config = load_config(FASHION)
+    full, qnn = full_precision(config), from_packed(BUNDLED, config)
+    shape = (args.batch_size, config.data.channels, config.data.image_size, config.data.image_size)
+    x, t = torch.randn(shape), torch.full((args.batch_size,), 400.0)
+    steps = {
+        "full": full,
+        "W4A32": from_packed(BUNDLED, config, quant_act=False),
+        "W4A8": qnn,
+    }
+    with torch.no_grad():
+        calls = {name: (lambda model=model: model(x, t)) for name, model in steps.items()}
+        times = in_turn(calls, "cpu", rounds=args.rounds)
+    step = {name: ratio(times, name, "full") for name in ("W4A32", "W4A8")}
+    load = seconds(lambda: from_packed(BUNDLED, config), "cpu")
+
+    rows = list(unit_ratios(full, qnn, x, t, args))
+    lines = [
+        [r["unit"], f"{1e3 * r['full']:.1f}", f"{r['weights_ratio']:.2f}", f"{r['activations_ratio']:.2f}"]
+        for r in rows
+    ]
+    base = sum(r["full"] for r in rows)
+    whole = {phase: sum(r[phase] for r in rows) / base for phase in ("weights", "activations")}
+    lines.append(["all", f"{1e3 * base:.1f}", f"{whole['weights']:.2f}", f"{whole['activations']:.2f}"])
+    header = ["unit", "full precision, forward and backward, ms", "weights", "activations"]
+    notes = [
+        "The last two columns: an iteration, as a multiple of the first.",
+        f"A step of {args.batch_size} images: {1e3 * statistics.median(times['full']):.1f} ms in full precision; "
+        f"W4A32 {step['W4A32']:.3f}, W4A8 {step['W4A8']:.3f} times that. "
+        f"Loading and resuming the bundled checkpoint: {load:.2f} s.",
+    ]
+    return Result(header, lines, {"units": rows, "all": whole, "step": step, "load_s": load}, notes)
+
+
+def unit_ratios(full: UNet, qnn: QuantModel, x: Tensor, t: Tensor, args: Any) -> Iterator[dict[str, Any]]:
+    """Each unit's iterations against forward and backward of the same unit in full precision, in turn."""
+    units = {unit.path: unit for unit in qnn.units()}
+    recorded = record_units(full, list(units), x, t)
+    for path in evenly(list(units), args.units):
+        inputs, target = recorded[path]
+        times = in_turn(
+            unit_works(units[path], full.get_submodule(path), inputs, target, args), "cpu", rounds=args.rounds
+        )
+        row: dict[str, Any] = {"unit": path, "full": statistics.median(times["full"]) / args.iterations}
+        for phase in ("weights", "activations"):
+            each = [
+                (more - few) / args.iterations
+                for more, few in zip(times[phase], times[f"{phase}, set-up"], strict=True)
+            ]
+            row[phase] = statistics.median(each)
+            row[f"{phase}_ratio"] = statistics.median(
+                a / (b / args.iterations) for a, b in zip(each, times["full"], strict=True)
+            )
+        print(path, {k: f"{v:.3g}" for k, v in row.items() if k != "unit"}, file=sys.stderr, flush=True)
+        yield row
+
+
+def unit_works(
+    unit: Unit, module: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, args: Any
+) -> dict[str, Callable[[], object]]:
+    """What is timed of one unit. An iteration is what remains of many after a few, set-up included, are taken away."""
+    data = UnitData(inputs, target)
+    few = 2
+    parameters = [p.requires_grad_(True) for p in module.parameters()]
+
+    def forward_and_backward() -> None:
+        for _ in range(args.iterations):
+            torch.autograd.grad(reconstruction_loss(module(*inputs), target), parameters, allow_unused=True)
+
+    def reconstruct(function: Callable[..., UnitReport], count: int) -> Callable[[], object]:
+        config = CalibrationConfig(iters=count, iters_a=count, batch_size=args.batch_size)
+        return lambda: function(unit, data, config, seed=0)
+
+    return {
+        "full": forward_and_backward,
+        "weights, set-up": reconstruct(reconstruct_weights, few),
+        "weights": reconstruct(reconstruct_weights, few + args.iterations),
+        "activations, set-up": reconstruct(reconstruct_activations, few),
+        "activations": reconstruct(reconstruct_activations, few + args.iterations),
+    }
+
+
+@torch.no_grad()
+def record_units(
+    full: UNet, paths: Sequence[str], x: Tensor, t: Tensor
+) -> dict[str, tuple[tuple[Tensor, ...], Tensor]]:
+    """Inputs and output of the modules at ``paths`` in one forward pass."""
+    found: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+    handles = [
+        full.get_submodule(path).register_forward_hook(
+            lambda m, args, out, path=path: found.update({path: (args, out)})
+        )
+        for path in paths
+    ]
+    with evaluating(full):
+        full(x, t)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

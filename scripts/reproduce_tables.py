@@ -1,0 +1,479 @@
+"""The paper's tables and ablations on a bundled model, in one command that can be stopped and started again.
+
+    python scripts/reproduce_tables.py --model fashion_mnist --out tables
+
+makes calibration sets, calibrates, samples and scores, row by row. What is finished lies in the output folder and is
+not done again: calibration sets and calibrated checkpoints, ``results.json`` with one entry a row, and from it
+``results.md`` and ``results.png``. ``--list`` shows the rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim.config import PixelConfig, load_config
+from qdiff.calibrate import calibrate
+from qdiff.calibration_data import load_calibration_set, make_calibration_set, save_calibration_set
+from qdiff.checkpoint import save_packed
+from qdiff.cli.errors import UserError, exit_on_error
+from qdiff.cli.flags import (
+    Parser,
+    add_inference_flags,
+    at_least,
+    check_inference,
+    device_name,
+    inference_config,
+    real,
+    resolve_device,
+)
+from qdiff.cli.pixel import PixelSampler, SamplerOptions
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.evaluation.features import FashionClassifier, image_statistics
+from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
+from qdiff.evaluation.record import environment, read_json, write_json
+from qdiff.evaluation.sampling import sample_images
+from qdiff.evaluation.variants import (
+    HeldOutInputs,
+    comparison_picture,
+    from_packed,
+    full_precision,
+    held_out_inputs,
+    markdown_table,
+)
+from qdiff.quant_model import QuantModel
+
+PROGRAM = "reproduce_tables.py"
+EXAMPLES = """\
+examples:
+  everything, half an hour at a time: the same command goes on where it stopped
+    python scripts/reproduce_tables.py --model fashion_mnist --out tables --tf32 --minutes 30
+  a quick look on a CPU
+    python scripts/reproduce_tables.py --out quick --rows full 'linear-w4*' --count 100 --cali_samples 320
+"""
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = 12  # images of each row that the picture keeps
+HELD_OUT = {"steps": 20, "per_step": 8}  # inputs for the output error
+SET_SEED = 2026  # of the images whose trajectories are calibrated on
+SAMPLER_STEPS = 100  # of those trajectories, quad steps, eta 0
+FULL = 32  # "bits" of activations that are not quantized
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundled model and what scores it."""
+
+    config: Path
+    folder: Path
+
+
+MODELS = {"fashion_mnist": Bundle(ROOT / "configs/fashion_mnist.yml", ROOT / "models/pixel/fashion_mnist")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One calibration: everything but the seed and the iterations that decides a checkpoint.
+
+    A row of further options is one line in :data:`ROWS`, as ``Row("Error search", Recipe("qdiff", 4, a_sym=False,
+    quant={"act_range": "mse"}))``.
+
+    Attributes:
+        mode: ``linear`` rounds to nearest, ``qdiff`` reconstructs.
+        weight_bit, act_bit: the checkpoint holds both; it also serves rows that leave activations alone.
+        steps: timesteps the calibration set is drawn from. The number of samples in all stays the same.
+        quant, calibration: further fields of :class:`QuantConfig` and :class:`CalibrationConfig`.
+    """
+
+    mode: str
+    weight_bit: int
+    act_bit: int = 8
+    split: bool = True
+    a_sym: bool = True
+    steps: int = 20
+    quant: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint: what differs from the usual, in words."""
+        words = [f"{self.mode}-w{self.weight_bit}a{self.act_bit}"]
+        words += [] if self.split else ["nosplit"]
+        words += [] if self.a_sym else ["asym"]
+        words += [] if self.steps == Recipe.steps else [f"st{self.steps}"]
+        words += [f"{key}={value}" for key, value in sorted({**self.quant, **self.calibration}.items())]
+        return "-".join(words)
+
+    def quant_config(self) -> QuantConfig:
+        return QuantConfig(self.weight_bit, self.act_bit, True, self.a_sym, self.split, **self.quant)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        table: heading under which it stands.
+        recipe: None is full precision.
+        quant_act: use the activation quantizers of the checkpoint.
+        timesteps, eta: of the sampler. Calibration is always on the 100-step trajectory.
+    """
+
+    table: str
+    recipe: Recipe | None = None
+    quant_act: bool = True
+    timesteps: int = 100
+    eta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        words = ["full"]
+        if self.recipe is not None:
+            bits = f"a{self.recipe.act_bit}"
+            words = [self.recipe.name if self.quant_act else self.recipe.name.replace(bits, f"a{FULL}", 1)]
+        words += [] if self.timesteps == Row.timesteps else [f"{self.timesteps}steps"]
+        words += [] if self.eta == Row.eta else [f"eta{self.eta:g}"]
+        return "-".join(words)
+
+
+MAIN, NO_SPLIT = "Bits", "Without split shortcuts"
+STEPS, SAMPLER = "Timesteps in the calibration set", "Sampler"
+MODES = ("linear", "qdiff")
+
+
+def bits_rows(table: str, mode: str, **options: Any) -> list[Row]:
+    """W8A8, W4A32 and W4A8; the last two come from one checkpoint."""
+    four = Recipe(mode, 4, **options)
+    return [Row(table, Recipe(mode, 8, **options)), Row(table, four, quant_act=False), Row(table, four)]
+
+
+def sampler_rows(timesteps: int, eta: float) -> list[Row]:
+    sampler: dict[str, Any] = {"timesteps": timesteps, "eta": eta}
+    quantized = [Row(SAMPLER, Recipe(mode, 4), quant_act=act, **sampler) for mode in MODES for act in (False, True)]
+    return [Row(SAMPLER, **sampler), *quantized]
+
+
+ROWS: tuple[Row, ...] = (
+    Row(MAIN),
+    *(row for mode in MODES for row in bits_rows(MAIN, mode)),
+    *(row for mode in MODES for row in bits_rows(NO_SPLIT, mode, split=False)),
+    *(Row(STEPS, Recipe("qdiff", 4, steps=steps), quant_act=act) for steps in (1, 5) for act in (False, True)),
+    *(
+        row
+        for eta in (0.0, 1.0)
+        for timesteps in (20, 50, 100)
+        if (timesteps, eta) != (Row.timesteps, Row.eta)
+        for row in sampler_rows(timesteps, eta)
+    ),
+)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], epilog=EXAMPLES)
+    parser.add_argument("--model", choices=MODELS, default="fashion_mnist", help="which bundled model")
+    parser.add_argument("--out", type=Path, default=Path("tables"), metavar="DIR", help="where everything is kept")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these [all]; a trailing * takes every ending")
+    parser.add_argument("--list", action="store_true", help="print the rows, with what is finished, and stop")
+    parser.add_argument("--minutes", type=real(zero=False), help="start nothing new after that time [no limit]")
+    group = parser.add_argument_group("settings", "recorded in results.json; a folder holds rows of one setting")
+    group.add_argument("--count", type=at_least(2), default=10_000, metavar="N", help="samples a row and seed")
+    group.add_argument("--iters", type=at_least(0), default=20_000, metavar="N", help="iterations a unit, weights")
+    group.add_argument("--iters_a", type=at_least(0), default=5_000, metavar="N", help="the same, activations")
+    group.add_argument(
+        "--cali_samples", type=at_least(1), default=5120, metavar="N", help="in a calibration set, over its timesteps"
+    )
+    group.add_argument("--cali_seed", type=at_least(0), default=1234, metavar="N", help="of the calibration's draws")
+    group.add_argument("--tf32", action="store_true", help="TF32 while sampling on a GPU, with --precision full")
+    parser.add_argument(
+        "--seeds",
+        type=at_least(0),
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="of the starting noise; a later run can add more [0]",
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=500, metavar="N", help="images at once")
+    add_inference_flags(parser)
+    parser.add_argument("--device", type=device_name, metavar="DEVICE", help="cpu or cuda [cuda where there is one]")
+    parser.add_argument("--verbose", action="store_true", help="tracebacks with errors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check_inference(parser, args)
+    rows = chosen_rows(parser, args.rows)
+    with exit_on_error(PROGRAM, verbose=args.verbose):
+        study = Study(args)
+        if args.list:
+            print("\n".join(f"{'done' if study.missing_seeds(row) == [] else '    '}  {row.name}" for row in rows))
+            return 0
+        study.run(rows)
+    return 0
+
+
+def chosen_rows(parser: Parser, names: Sequence[str] | None) -> list[Row]:
+    """The rows that a list of names means, in the order of the tables."""
+    if names is None:
+        return list(ROWS)
+
+    def matches(row: Row, name: str) -> bool:
+        return row.name.startswith(name[:-1]) if name.endswith("*") else row.name == name
+
+    for name in names:
+        if not any(matches(row, name) for row in ROWS):
+            parser.error(f"--rows {name}: no such row; --list shows them")
+    return [row for row in ROWS if any(matches(row, name) for name in names)]
+
+
+class Study:
+    """The output folder, and how its rows come about.
+
+    Raises:
+        UserError: the folder holds rows measured with other settings.
+    """
+
+    def __init__(self, args: Any):
+        self.args, self.out = args, args.out
+        self.device = resolve_device(args.device)
+        self.inference = inference_config(args)
+        self.bundle = MODELS[args.model]
+        self.config: PixelConfig = load_config(self.bundle.config)
+        self.results_path = self.out / "results.json"
+        self.started = time.monotonic()
+        self._held_out: HeldOutInputs | None = None
+        try:
+            self.results = read_json(self.results_path)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self._check_settings()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        a = self.args
+        named = {name: getattr(a, name) for name in ("model", "count", "iters", "iters_a", "cali_samples", "cali_seed")}
+        return named | {"tf32": a.tf32, "precision": self.inference.precision, "compile": self.inference.compile}
+
+    def _check_settings(self) -> None:
+        recorded = self.results.get("settings", self.settings)
+        if differing := [name for name, value in self.settings.items() if recorded.get(name) != value]:
+            shown = "; ".join(f"{name} is {self.settings[name]}, was {recorded.get(name)}" for name in differing)
+            raise UserError(f"{self.results_path}: its rows have other settings: {shown}. Use those, or another --out")
+
+    def missing_seeds(self, row: Row) -> list[int]:
+        """Seeds of the command that the row was not sampled with yet."""
+        done = self.results.get("rows", {}).get(row.name, {}).get("frechet", {})
+        return [seed for seed in self.args.seeds if str(seed) not in done]
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Measure what is missing, as long as there is time, and write the tables."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        waiting = [row for row in rows if self.missing_seeds(row)]
+        for number, row in enumerate(waiting):
+            if self._time_is_up():
+                print(f"{len(waiting) - number} rows are left; run the same command again to go on", flush=True)
+                break
+            self.measure(row)
+        if self.results.get("rows"):
+            self.write_tables()
+
+    def _time_is_up(self) -> bool:
+        minutes = self.args.minutes
+        return minutes is not None and time.monotonic() - self.started >= 60 * minutes
+
+    def measure(self, row: Row) -> None:
+        """One row, seed by seed; each seed's result is on the disk before the next starts."""
+        rows = self.results.setdefault("rows", {})
+        entry = rows.get(row.name)
+        if entry is None:
+            model, size = self.network(row)
+            error = None if row.recipe is None else self.held_out.error(model)
+            entry = {
+                "table": row.table,
+                "bytes": size,
+                "output_error": None if error is None else error.mean().item(),
+                "last_steps": None if error is None else error[-2:].tolist(),
+                "frechet": {},
+                "seconds": {},
+                "environment": environment(self.device),
+            }
+        for seed in self.missing_seeds(row):
+            started = time.perf_counter()
+            images = self.sample(row, seed)
+            entry["frechet"][str(seed)] = self.distance(images)
+            entry["seconds"][str(seed)] = time.perf_counter() - started
+            self._keep_images(row, seed, images)
+            rows[row.name] = entry
+            self.results["settings"] = self.settings
+            write_json(self.results_path, self.results)
+            print(f"{row.name}, seed {seed}: Fréchet {entry['frechet'][str(seed)]:.3f}", flush=True)
+            if self._time_is_up():
+                break
+
+    def network(self, row: Row) -> tuple[nn.Module, int]:
+        """The network of a row on the device, and the bytes it takes on disk (in full precision: fp32)."""
+        if row.recipe is None:
+            model = full_precision(self.config).to(self.device)
+            return model, 4 * sum(p.numel() for p in model.parameters())
+        path = self.checkpoint(row.recipe)
+        return from_packed(path, self.config, quant_act=row.quant_act).to(self.device), path.stat().st_size
+
+    @property
+    def held_out(self) -> HeldOutInputs:
+        """Inputs that no calibration saw, recorded once."""
+        if self._held_out is None:
+            model = full_precision(self.config).to(self.device)
+            self._held_out = held_out_inputs(model, self.config, device=self.device, **HELD_OUT)
+        return self._held_out
+
+    def sample(self, row: Row, seed: int) -> Tensor:
+        model, _ = self.network(row)  # a new one: in half precision sampling changes it
+        with tqdm(total=self.args.count, unit="image", desc=row.name, dynamic_ncols=True, leave=False) as bar:
+            return sample_images(
+                model,
+                self.config,
+                count=self.args.count,
+                batch_size=self.args.batch_size,
+                timesteps=row.timesteps,
+                eta=row.eta,
+                seed=seed,
+                device=self.device,
+                inference=self.inference,
+                allow_tf32=self.args.tf32,
+                on_batch=bar.update,
+            )
+
+    def distance(self, images: Tensor) -> float:
+        """Fréchet distance to the training images, on the bundled classifier's features."""
+        classifier = FashionClassifier.load(self.bundle.folder / "classifier.safetensors", self.device)
+        reference = FeatureStatistics.load(self.bundle.folder / "reference_statistics.safetensors")
+        return frechet_distance(image_statistics(classifier, images, "samples"), reference)
+
+    # What rows share.
+
+    def checkpoint(self, recipe: Recipe) -> Path:
+        """The packed checkpoint of a recipe; calibrated where it is not there yet."""
+        path = self._place("calibrated", f"{recipe.name}.safetensors")
+        if path.is_file():
+            return path
+        data = load_calibration_set(
+            self.calibration_set(recipe.steps),
+            cali_st=recipe.steps,
+            cali_n=self._samples_a_step(recipe.steps),
+            image_shape=self.image_shape,
+        )
+        quant = recipe.quant_config()
+        if "timed_ranges" in recipe.quant:  # grids of their own for the timesteps of the set
+            quant = quant.at_timesteps(data.t.tolist())
+        model = QuantModel.from_config(full_precision(self.config).to(self.device), quant)
+        options = CalibrationConfig(
+            iters=self.args.iters, iters_a=self.args.iters_a, seed=self.args.cali_seed, **recipe.calibration
+        )
+        started = time.perf_counter()
+        with tqdm(unit="unit", desc=f"calibrating {recipe.name}", dynamic_ncols=True, leave=False) as bar:
+
+            def show(progress: Any) -> None:
+                bar.total = progress.total
+                bar.update(progress.index + 1 - bar.n)
+
+            calibrate(model, data, options, mode=recipe.mode, on_unit=show)
+        seconds = time.perf_counter() - started
+        info = {"model_config": self.config.to_dict(), "calibration": {"quant_mode": recipe.mode}}
+        save_packed(path, model, info=info)
+        self.results.setdefault("calibration_seconds", {})[recipe.name] = seconds
+        print(f"{recipe.name}: calibrated in {seconds:.0f} s", flush=True)
+        return path
+
+    def calibration_set(self, steps: int) -> Path:
+        """Inputs along full-precision trajectories, as many in all whatever the number of timesteps."""
+        path = self._place("sets", f"st{steps}.pt")
+        if path.is_file():
+            return path
+        sampler = PixelSampler(
+            self.config, SamplerOptions("generalized", "quad", SAMPLER_STEPS, 0.0, SET_SEED), self.device
+        )
+        model = full_precision(self.config).to(self.device)
+        count = self._samples_a_step(steps)
+        with tqdm(total=count, unit="image", desc=f"calibration set, {steps} steps", leave=False) as bar:
+            content = make_calibration_set(
+                lambda indices, on_step: sampler(model, indices, on_step),
+                n_samples=count,
+                n_steps=sampler.n_steps,
+                batch_size=self.args.batch_size,
+                cali_st=steps,
+                progress=bar.update,
+            )
+        save_calibration_set(path, content)
+        return path
+
+    def _samples_a_step(self, steps: int) -> int:
+        return max(1, self.args.cali_samples // steps)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        data = self.config.data
+        return data.channels, data.image_size, data.image_size
+
+    def _place(self, folder: str, name: str) -> Path:
+        (self.out / folder).mkdir(exist_ok=True)
+        return self.out / folder / name
+
+    def _keep_images(self, row: Row, seed: int, images: Tensor) -> None:
+        """The first images of the first seed, for the picture."""
+        if seed == self.args.seeds[0]:
+            torch.save((images[:SHOWN] * 255).round().to(torch.uint8), self._place("images", f"{row.name}.pt"))
+
+    # What comes out.
+
+    def write_tables(self) -> None:
+        """``results.md`` and ``results.png`` from all rows in the folder."""
+        text = tables(self.results)
+        (self.out / "results.md").write_text(text, encoding="utf-8")
+        print(f"\n{text}")
+        paths = {row.name: self.out / "images" / f"{row.name}.pt" for row in ROWS if row.table == MAIN}
+        shown = {name: torch.load(path, weights_only=True) / 255 for name, path in paths.items() if path.is_file()}
+        if shown:
+            title = f"{Row.timesteps} quad steps, the same noise in a column"
+            comparison_picture(shown, self.out / "results.png", title=title)
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """One markdown table a heading, in the order of the rows, and below how they were made."""
+    entries: Mapping[str, Any] = results["rows"]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "Fréchet": lambda e: mean_and_spread(list(e["frechet"].values())),
+        "output error": lambda e: "" if e["output_error"] is None else f"{e['output_error']:.5f}",
+        "last 2 steps": lambda e: "" if e["last_steps"] is None else ", ".join(f"{v:.3f}" for v in e["last_steps"]),
+        "MiB": lambda e: f"{e['bytes'] / 2**20:.2f}",
+    }
+    parts = []
+    for heading in dict.fromkeys(row.table for row in ROWS):
+        names = [row.name for row in ROWS if row.table == heading and row.name in entries]
+        if names:
+            lines = [[name, *(column(entries[name]) for column in columns.values())] for name in names]
+            parts += [f"### {heading}", markdown_table(["row", *columns], lines)]
+    parts.append("Settings: " + ", ".join(f"{name} {value}" for name, value in results["settings"].items()) + ".")
+    seeds = sorted({seed for entry in entries.values() for seed in entry["frechet"]}, key=int)
+    parts.append(f"Seeds of the starting noise: {', '.join(seeds)}; ± is the standard deviation over them.")
+    places = dict.fromkeys(", ".join(f"{k} {v}" for k, v in entry["environment"].items()) for entry in entries.values())
+    parts += [f"Measured on: {place}." for place in places]
+    return "\n\n".join(parts) + "\n"
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and with several values their standard deviation."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The benchmarks on miniature networks: that every part of the time is accounted for, and what the files hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qdiff.config import CalibrationConfig
+from qdiff.evaluation.record import commit, environment
+from qdiff.evaluation.timing import in_turn, linear_fit, median_seconds, ratio, seconds_of_process
+
+from .conftest import load_script
+
+benchmark = load_script("benchmark")
+QUICK = ["--random_weights", "--iters", "2", "--iters_a", "2", "--cali_st", "2", "--cali_n", "4", "--batch_size", "4"]
+QUICK += ["--device", "cpu"]
+
+
+@pytest.fixture
+def run(miniature, tmp_path, capsys):
+    """Runs a subcommand on the miniature and returns its file and what it printed."""
+
+    def run(command: str, *words: str, model: bool = True) -> tuple[dict, str]:
+        config = ["--config", str(miniature.config)] if model else []
+        path = tmp_path / "figures.json"
+        assert benchmark.main([command, *config, *words, "--json", str(path)]) == 0
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_calibration_is_divided_into_its_parts(run) -> None:
+    figures, said = run("calibration", *QUICK)
+    assert {"device", "torch", "cuda", "python", "commit"} <= figures["environment"].keys()
+    assert figures["whole"] == pytest.approx(sum(figures[part] for part in benchmark.Breakdown.PARTS))
+    assert all(figures[part] > 0 for part in benchmark.Breakdown.PARTS)
+    phases = [unit["phase"] for unit in figures["units"]]
+    assert phases.count("weights") == phases.count("activations") > 5
+    for phase in ("weights", "activations"):
+        assert figures[phase] == pytest.approx(sum(u["seconds"] for u in figures["units"] if u["phase"] == phase))
+    assert not figures["extrapolated"]
+    assert "ms an iteration" in said
+    assert "up.0.block.0" in said
+
+
+def test_a_sample_of_units_stands_for_all(run) -> None:
+    whole, _ = run("calibration", *QUICK)
+    figures, said = run("calibration", *QUICK, "--units", "3")
+    learned = {unit["name"] for unit in figures["units"] if unit["iterations"]}
+    names = list(dict.fromkeys(unit["name"] for unit in whole["units"]))
+    assert learned == {names[0], names[round((len(names) - 1) / 2)], names[-1]}
+    assert figures["extrapolated"]
+    assert f"3 of {len(names)} units" in said
+
+
+def test_extrapolation_multiplies_what_was_learned() -> None:
+    reports = [benchmark.UnitReport(n, "layer", "weights", 1, 5, 1.0, 1.0, 2.0) for n in "abcd"]
+    parts = benchmark.Breakdown(setup=1.0, weights=4.0, capture=3.0, reports=reports, skipped=frozenset("bd"))
+    whole = parts.extrapolated()
+    assert (whole.weights, whole.capture, whole.total) == (8.0, 3.0, 12.0)
+
+
+def test_skipping_units_is_undone() -> None:
+    before = benchmark.CALIBRATION.reconstruct_weights
+    with benchmark.only([]):
+        assert benchmark.CALIBRATION.reconstruct_weights is not before
+    assert benchmark.CALIBRATION.reconstruct_weights is before
+
+
+def test_profile_names_what_runs(run) -> None:
+    figures, said = run("calibration", *QUICK, "--units", "1", "--profile")
+    assert any("conv" in kernel["name"] for kernel in figures["kernels"])
+    assert "All kernels:" in said
+
+
+def test_a_precision_that_is_not_there(run, capsys) -> None:
+    word = "fp8" if "precision" in {f.name for f in benchmark.dataclasses.fields(CalibrationConfig)} else "bf16"
+    with pytest.raises(SystemExit) as caught:
+        run("calibration", *QUICK, "--cali_precision", word)
+    assert caught.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_the_set_is_noised_as_the_forward_process_does(miniature) -> None:
+    args = benchmark.make_parser().parse_args(["calibration", "--config", str(miniature.config), *QUICK])
+    config = benchmark.load_config(miniature.config)
+    data = benchmark.calibration_set(args, config, samples=500)
+    assert data.x.shape == (1000, 3, 8, 8)
+    assert data.t.tolist() == sorted(data.t.tolist(), reverse=True)
+    alpha_bar = benchmark.alphas_cumprod(benchmark.make_betas(config.diffusion))
+    for t in data.t.unique():
+        a = alpha_bar[int(t)].item()
+        assert data.x[data.t == t].var().item() == pytest.approx(a / 3 + 1 - a, rel=0.02)  # of uniform images: 1/3
+
+
+def test_steps_in_every_precision(run) -> None:
+    names = [v.name for v in benchmark.variants(torch.device("cpu"))]
+    assert {"full fp32", "full bf16", "w4a8 fp32", "w4a8 bf16", "w4a32 bf16"} <= set(names)
+    plain = [name for name in names if "compiled" not in name]
+    figures, said = run("step", "--device", "cpu", "--batch_sizes", "2", "3", "--repeats", "2", "--variants", *plain)
+    assert [(r["variant"], r["batch_size"]) for r in figures["rows"]] == [(n, size) for size in (2, 3) for n in plain]
+    assert all(row["ms"] > 0 and row["graph_ms"] is None and row["ratio"] is None for row in figures["rows"])
+    assert "w4a8 bf16" in said
+
+
+def test_steps_are_compared_with_the_compiled_network() -> None:
+    rows = [
+        {"variant": "full fp16 compiled", "batch_size": 2, "best_ms": 2.0},
+        {"variant": "w4a8 fp16 compiled", "batch_size": 2, "best_ms": 3.0},
+        {"variant": "w4a8 fp16 compiled", "batch_size": 4, "best_ms": 5.0},
+    ]
+    benchmark.add_ratios(rows)
+    assert [row["ratio"] for row in rows] == [1.0, 1.5, None]
+
+
+def test_an_unknown_variant_is_refused(run, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run("step", "--device", "cpu", "--variants", "w2a2")
+    assert "'full fp32'" in capsys.readouterr().err
+
+
+def test_images_are_compared_with_eager_fp32(run, monkeypatch) -> None:
+    monkeypatch.setattr(benchmark, "why_not_compiled", lambda device: "cannot be tested quickly")
+    words = ["--device", "cpu", "--batch_sizes", "1", "--repeats", "1", "--psnr", "1", "--timesteps", "4"]
+    figures, said = run("step", *words, "--variants", "full fp32")
+    assert set(figures["psnr"]) == {"full", "W4A32", "W4A8"}
+    assert figures["psnr"]["full"]["mean"] > 25
+    for name in ("W4A32", "W4A8"):
+        assert figures["psnr"][name]["mean"] > figures["psnr"][name]["to_full"] + 5
+    assert "PSNR" in said
+
+
+def test_range_search(run) -> None:
+    figures, said = run("range-search", "--device", "cpu", "--repeats", "1", model=False)
+    assert figures["ms"] > 0
+    assert "320x320x3x3" in said
+
+
+def test_scaling_fits_lines_and_draws_them(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(benchmark, "SHARES", (0.5, 1.0))
+    picture = tmp_path / "lines.png"
+    figures, said = run("scaling", *QUICK, "--plot", str(picture))
+    assert set(figures) >= {"iterations", "samples", "units"}
+    assert [len(figures[axis]["x"]) for axis in ("iterations", "samples", "units")] == [2, 2, 2]
+    assert figures["samples"]["x"][-1] == 8
+    assert picture.stat().st_size > 1000
+    assert "R²" in said
+
+
+def test_ratios_on_a_cpu(run) -> None:
+    words = ["--batch_size", "2", "--rounds", "1", "--iterations", "2", "--units", "2"]
+    figures, said = run("cpu", *words, model=False)
+    assert [row["unit"] for row in figures["units"]][-1] == "conv_out"
+    for row in (*figures["units"],):
+        assert row["full"] > 0
+        assert math.isfinite(row["weights_ratio"])
+        assert math.isfinite(row["activations_ratio"])
+    assert figures["step"].keys() == {"W4A32", "W4A8"}
+    assert "Loading and resuming" in said
+
+
+# What it measures with.
+
+
+def test_medians_and_ratios() -> None:
+    pauses = iter([0.05, 0.001, 0.02, 0.001])
+    taken = median_seconds(lambda: time.sleep(next(pauses)), "cpu", repeats=3)
+    assert 0.001 <= taken < 0.02
+    times = in_turn({"a": lambda: None, "b": lambda: time.sleep(0.002)}, "cpu", rounds=3)
+    assert [len(times[name]) for name in "ab"] == [3, 3]
+    assert ratio(times, "b", "a") > 1
+    assert ratio({"a": [1.0, 2.0, 3.0], "b": [2.0, 6.0, 6.0]}, "b", "a") == 2.0
+
+
+def test_a_line_is_found_again() -> None:
+    start, slope, explained = linear_fit([1.0, 2.0, 4.0], [5.0, 7.0, 11.0])
+    assert (start, slope, explained) == (pytest.approx(3), pytest.approx(2), pytest.approx(1))
+    assert linear_fit([1.0, 2.0, 3.0], [1.0, 3.0, 1.0])[2] == pytest.approx(0)
+
+
+def test_the_process_has_an_age() -> None:
+    assert 0 < seconds_of_process() < 24 * 3600
+
+
+def test_where_it_was_measured(tmp_path: Path) -> None:
+    assert environment("cpu")["torch"] == torch.__version__
+    assert "threads" in environment("cpu")["device"]
+    assert commit(tmp_path) == "unknown"
+
+
+def test_even_samples() -> None:
+    assert benchmark.evenly("abcdefg", 3) == ["a", "d", "g"]
+    assert benchmark.evenly("ab", None) == benchmark.evenly("ab", 5) == ["a", "b"]
+    assert benchmark.evenly("abc", 1) == ["a"]
+
+
+def test_recording_units_leaves_no_hook() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(1, 1, 1)})
+    model.forward = lambda x, t: model["conv"](x)
+    found = benchmark.record_units(model, ["conv"], torch.ones(1, 1, 2, 2), torch.ones(1))
+    assert torch.equal(found["conv"][0][0], torch.ones(1, 1, 2, 2))
+    assert not model["conv"]._forward_hooks
