@@ -133,7 +133,8 @@ def group_norm(norm: torch.nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
 
     The kernel has no gradient for scale and shift, so it serves only where they ask for none.
     """
-    frozen = not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
+    own = type(norm) is torch.nn.GroupNorm  # not one wrapped for another precision
+    frozen = own and not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
     if x.dim() == 4 and frozen and enabled(x.device) and not torch.compiler.is_compiling():
         return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
     out = norm(x)

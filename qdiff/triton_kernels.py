@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +9,7 @@ from torch import Tensor
 
 _ELEMENTS = 1024  # of a flat tensor that one program works on
 _NORM_WHOLE = 1024  # of one group's values that are normalised by one program
-_NORM_TILE = 4096  # of a feature map's values that one program works on otherwise
+_NORM_ROWS, _NORM_WIDTH = 128, 32  # positions and channels that one program works on otherwise
 
 # Rounds to the nearest integer, ties to even, for |x| < 2^22; larger values only get clamped afterwards.
 _ROUND = tl.constexpr(12582912.0)
@@ -87,7 +85,7 @@ def fake_quantize_backward(
     rows = len(x) if per_row else 1
     bounds = (lo.contiguous(), hi.contiguous(), 0.0, 0.0) if per_row else (x, x, float(lo), float(hi))
     length = n // rows
-    block = _ELEMENTS if per_row else _ELEMENTS * 2
+    block = _ELEMENTS
     blocks = triton.cdiv(length, block)
     grad_x = torch.empty_like(x) if needs_x else grad
     partial = torch.empty(rows, blocks, device=x.device)
@@ -110,16 +108,13 @@ def _silu_slope(y):
 
 
 @triton.jit
-def _group_norm_kernel(
-    x, weight, bias, out, means, rstds, positions, channels, groups, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+def _group_norm_kernel(x, weight, bias, out, means, rstds, positions, channels, groups, eps, silu, BLOCK: tl.constexpr):
     n, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size = channels // groups
-    c, p = tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    mask_c = c < size
-    mask = (p < positions)[:, None] & mask_c[None, :]
-    at = n * positions * channels + g * size + p[:, None] * channels + c[None, :]
+    flat = tl.arange(0, BLOCK)
+    c = flat % size
+    mask = flat < positions * size
+    at = n * positions * channels + g * size + (flat // size) * channels + c
     count = (positions * size).to(tl.float32)
     v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(v) / count
@@ -127,33 +122,32 @@ def _group_norm_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / count + eps)
     tl.store(means + n * groups + g, mean)
     tl.store(rstds + n * groups + g, rstd)
-    scale = tl.load(weight + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
-    offset = tl.load(bias + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
-    y = centred * rstd * scale[None, :] + offset[None, :]
-    if SILU:
+    scale = tl.load(weight + g * size + c, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.load(bias + g * size + c, mask=mask, other=0.0).to(tl.float32)
+    y = centred * rstd * scale + offset
+    if silu:
         y = y * tl.sigmoid(y)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _group_norm_backward_kernel(
-    grad, x, weight, bias, means, rstds, out, positions, channels, groups,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    grad, x, weight, bias, means, rstds, out, positions, channels, groups, silu, BLOCK: tl.constexpr
+):
     n, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size = channels // groups
-    c, p = tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    mask_c = c < size
-    mask = (p < positions)[:, None] & mask_c[None, :]
-    at = n * positions * channels + g * size + p[:, None] * channels + c[None, :]
+    flat = tl.arange(0, BLOCK)
+    c = flat % size
+    mask = flat < positions * size
+    at = n * positions * channels + g * size + (flat // size) * channels + c
     mean, rstd = tl.load(means + n * groups + g), tl.load(rstds + n * groups + g)
-    scale = tl.load(weight + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
-    offset = tl.load(bias + g * size + c, mask=mask_c, other=0.0).to(tl.float32)
+    scale = tl.load(weight + g * size + c, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.load(bias + g * size + c, mask=mask, other=0.0).to(tl.float32)
     normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
     d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
-        d = d * _silu_slope(normal * scale[None, :] + offset[None, :])
-    d = tl.where(mask, d * scale[None, :], 0.0)
+    if silu:
+        d = d * _silu_slope(normal * scale + offset)
+    d = tl.where(mask, d * scale, 0.0)
     count = (positions * size).to(tl.float32)
     total, along = tl.sum(d) / count, tl.sum(d * normal) / count
     tl.store(out + at, ((d - total - normal * along) * rstd).to(out.dtype.element_ty), mask=mask)
@@ -175,8 +169,8 @@ def _tile_sums_kernel(x, firsts, seconds, positions, channels, ROWS: tl.constexp
 
 @triton.jit
 def _tile_gradients_kernel(
-    grad, x, weight, bias, means, rstds, firsts, seconds, positions, channels, groups,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+    grad, x, weight, bias, means, rstds, firsts, seconds, positions, channels, groups, silu,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # Sums of a tile's gradients of the normalised values, plain and times those values, channel by channel.
     n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -190,7 +184,7 @@ def _tile_gradients_kernel(
     at = (n * positions + p[:, None]) * channels + c[None, :]
     normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
     d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
+    if silu:
         d = d * _silu_slope(normal * scale[None, :] + offset[None, :])
     d = tl.where(mask, d * scale[None, :], 0.0)
     out = (n * tl.num_programs(1) + tile) * channels + c
@@ -201,32 +195,45 @@ def _tile_gradients_kernel(
 @triton.jit
 def _group_sums_kernel(
     firsts, seconds, out_first, out_second, positions, channels, groups, tiles, rows, eps,
-    TILES: tl.constexpr, WIDTH: tl.constexpr, MOMENTS: tl.constexpr,
+    MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Of one group of one sample: mean and 1/std from the tiles' moments, or the means of the tiles' two sums.
     n, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size = channels // groups
-    t, c = tl.arange(0, TILES), tl.arange(0, WIDTH)
-    mask = (t < tiles)[:, None] & (c < size)[None, :]
-    at = (n * tiles + t[:, None]) * channels + g * size + c[None, :]
-    first, second = tl.load(firsts + at, mask=mask, other=0.0), tl.load(seconds + at, mask=mask, other=0.0)
     count = (positions * size).to(tl.float32)
+    base = n * tiles * channels + g * size
+    total, other = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles * size, BLOCK):
+        flat = start + tl.arange(0, BLOCK)
+        mask = flat < tiles * size
+        t = flat // size
+        at = base + t * channels + flat % size
+        first = tl.load(firsts + at, mask=mask, other=0.0)
+        if MOMENTS:
+            total += first * tl.minimum(rows, positions - t * rows)
+        else:
+            total += first
+            other += tl.load(seconds + at, mask=mask, other=0.0)
+    mean = tl.sum(total) / count
+    tl.store(out_first + n * groups + g, mean)
     if MOMENTS:
-        each = tl.where(mask, tl.minimum(rows, positions - t * rows)[:, None], 0).to(tl.float32)
-        mean = tl.sum(first * each) / count
-        shift = first - mean
-        square = tl.sum(second + each * shift * shift)
-        tl.store(out_first + n * groups + g, mean)
-        tl.store(out_second + n * groups + g, 1.0 / tl.sqrt(square / count + eps))
+        for start in range(0, tiles * size, BLOCK):
+            flat = start + tl.arange(0, BLOCK)
+            mask = flat < tiles * size
+            t = flat // size
+            at = base + t * channels + flat % size
+            shift = tl.load(firsts + at, mask=mask, other=0.0) - mean
+            each = tl.where(mask, tl.minimum(rows, positions - t * rows), 0)
+            other += tl.load(seconds + at, mask=mask, other=0.0) + each * shift * shift
+        tl.store(out_second + n * groups + g, 1.0 / tl.sqrt(tl.sum(other) / count + eps))
     else:
-        tl.store(out_first + n * groups + g, tl.sum(first) / count)
-        tl.store(out_second + n * groups + g, tl.sum(second) / count)
+        tl.store(out_second + n * groups + g, tl.sum(other) / count)
 
 
 @triton.jit
 def _normalise_kernel(
-    x, weight, bias, means, rstds, out, positions, channels, groups,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+    x, weight, bias, means, rstds, out, positions, channels, groups, silu,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c, p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tile * ROWS + tl.arange(0, ROWS)
@@ -239,15 +246,15 @@ def _normalise_kernel(
     at = (n * positions + p[:, None]) * channels + c[None, :]
     v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     y = (v - mean[None, :]) * rstd[None, :] * scale[None, :] + offset[None, :]
-    if SILU:
+    if silu:
         y = y * tl.sigmoid(y)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _normalise_backward_kernel(
-    grad, x, weight, bias, means, rstds, totals, alongs, out, positions, channels, groups,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+    grad, x, weight, bias, means, rstds, totals, alongs, out, positions, channels, groups, silu,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c, p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tile * ROWS + tl.arange(0, ROWS)
@@ -261,83 +268,59 @@ def _normalise_backward_kernel(
     at = (n * positions + p[:, None]) * channels + c[None, :]
     normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
     d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
+    if silu:
         d = d * _silu_slope(normal * scale[None, :] + offset[None, :])
     d = d * scale[None, :] - total[None, :] - normal * along[None, :]
     tl.store(out + at, (d * rstd[None, :]).to(out.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True)
 class _NormPlan:
-    """How a feature map is cut for normalising.
+    """How a feature map is cut for normalising. Tiles have one size, so that kernels are compiled once.
 
     Attributes:
-        whole: a group of one sample at once; its tile is ``rows`` x ``width``.
-        tiles: of ``rows`` positions and ``width`` channels otherwise; ``blocks`` of channels.
+        whole: one program normalises a group of one sample.
+        tiles: of positions, otherwise; ``grid`` of tiles of positions and channels.
+        sizes: what every kernel is told.
     """
 
-    n: int
-    positions: int
-    channels: int
-    groups: int
+    def __init__(self, x: Tensor, groups: int):
+        n, channels, height, width = x.shape
+        positions = height * width
+        self.groups_grid = (n, groups)
+        self.sizes = (positions, channels, groups)
+        self.whole = positions * (channels // groups) <= _NORM_WHOLE
+        self.tiles = triton.cdiv(positions, _NORM_ROWS)
+        self.grid = (n, self.tiles, triton.cdiv(channels, _NORM_WIDTH))
+        self.tile = {"ROWS": _NORM_ROWS, "WIDTH": _NORM_WIDTH, "num_warps": 4}
 
-    @property
-    def size(self) -> int:
-        return self.channels // self.groups
+    def scratch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two values a tile and channel."""
+        return torch.empty(2, len(x), self.tiles, x.shape[1], device=x.device).unbind(0)
 
-    @property
-    def whole(self) -> bool:
-        return triton.next_power_of_2(self.positions) * triton.next_power_of_2(self.size) <= _NORM_WHOLE
-
-    @property
-    def group_tile(self) -> dict[str, int]:
-        width, rows = triton.next_power_of_2(self.size), triton.next_power_of_2(self.positions)
-        return {"WIDTH": width, "ROWS": rows, "num_warps": max(1, min(8, rows * width // 256))}
-
-    @property
-    def width(self) -> int:
-        return min(128, triton.next_power_of_2(self.channels))
-
-    @property
-    def rows(self) -> int:
-        return _NORM_TILE // self.width
-
-    @property
-    def tiles(self) -> int:
-        return triton.cdiv(self.positions, self.rows)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.n, self.tiles, triton.cdiv(self.channels, self.width)
-
-    @property
-    def tile(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "WIDTH": self.width, "num_warps": 4}
-
-    @property
-    def sums_tile(self) -> dict[str, int]:
-        tiles, width = triton.next_power_of_2(self.tiles), triton.next_power_of_2(self.size)
-        return {"TILES": tiles, "WIDTH": width, "num_warps": max(1, min(8, tiles * width // 128))}
+    def sums(self, first: Tensor, second: Tensor, eps: float, *, moments: bool) -> tuple[Tensor, Tensor]:
+        """Two values a sample and group, from the tiles'."""
+        out = torch.empty(2, *self.groups_grid, device=first.device)
+        _group_sums_kernel[self.groups_grid](
+            first, second, out[0], out[1], *self.sizes, self.tiles, _NORM_ROWS, eps, MOMENTS=moments, BLOCK=256
+        )
+        return out[0], out[1]
 
 
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Channels-last N x C x H x W -> the result, and mean and 1/std, N x groups float32."""
-    n, channels, height, width = x.shape
-    plan = _NormPlan(n, height * width, channels, groups)
-    sizes = (plan.positions, channels, groups)
-    out = torch.empty_like(x)
-    mean, rstd = torch.empty(2, n, groups, device=x.device)
+    plan, out = _NormPlan(x, groups), torch.empty_like(x)
     if plan.whole:
-        _group_norm_kernel[(n, groups)](x, weight, bias, out, mean, rstd, *sizes, eps, SILU=silu, **plan.group_tile)
+        mean, rstd = torch.empty(2, *plan.groups_grid, device=x.device).unbind(0)
+        _group_norm_kernel[plan.groups_grid](
+            x, weight, bias, out, mean, rstd, *plan.sizes, eps, int(silu) * 16, BLOCK=_NORM_WHOLE, num_warps=4
+        )
         return out, mean, rstd
-    first, second = torch.empty(2, n, plan.tiles, channels, device=x.device)
-    _tile_sums_kernel[plan.grid](x, first, second, plan.positions, channels, **plan.tile)
-    _group_sums_kernel[(n, groups)](
-        first, second, mean, rstd, *sizes, plan.tiles, plan.rows, eps, MOMENTS=True, **plan.sums_tile
-    )
-    _normalise_kernel[plan.grid](x, weight, bias, mean, rstd, out, *sizes, SILU=silu, **plan.tile)
+    first, second = plan.scratch(x)
+    _tile_sums_kernel[plan.grid](x, first, second, *plan.sizes[:2], **plan.tile)
+    mean, rstd = plan.sums(first, second, eps, moments=True)
+    _normalise_kernel[plan.grid](x, weight, bias, mean, rstd, out, *plan.sizes, int(silu) * 16, **plan.tile)
     return out, mean, rstd
 
 
@@ -345,23 +328,18 @@ def group_norm_backward(
     grad: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> Tensor:
     """Gradient in ``x`` of what :func:`group_norm` computed; scale and shift have none."""
-    n, channels, height, width = x.shape
-    plan = _NormPlan(n, height * width, channels, groups)
-    sizes = (plan.positions, channels, groups)
-    out = torch.empty_like(x)
+    plan, out = _NormPlan(x, groups), torch.empty_like(x)
+    flag = int(silu) * 16  # Triton compiles anew for 1, and for what 16 does not divide
     if plan.whole:
-        _group_norm_backward_kernel[(n, groups)](
-            grad, x, weight, bias, mean, rstd, out, *sizes, SILU=silu, **plan.group_tile
+        _group_norm_backward_kernel[plan.groups_grid](
+            grad, x, weight, bias, mean, rstd, out, *plan.sizes, flag, BLOCK=_NORM_WHOLE, num_warps=4
         )
         return out
-    first, second = torch.empty(2, n, plan.tiles, channels, device=x.device)
-    _tile_gradients_kernel[plan.grid](grad, x, weight, bias, mean, rstd, first, second, *sizes, SILU=silu, **plan.tile)
-    total, along = torch.empty(2, n, groups, device=x.device)
-    _group_sums_kernel[(n, groups)](
-        first, second, total, along, *sizes, plan.tiles, plan.rows, 0.0, MOMENTS=False, **plan.sums_tile
-    )
+    first, second = plan.scratch(x)
+    _tile_gradients_kernel[plan.grid](grad, x, weight, bias, mean, rstd, first, second, *plan.sizes, flag, **plan.tile)
+    total, along = plan.sums(first, second, 0.0, moments=False)
     _normalise_backward_kernel[plan.grid](
-        grad, x, weight, bias, mean, rstd, total, along, out, *sizes, SILU=silu, **plan.tile
+        grad, x, weight, bias, mean, rstd, total, along, out, *plan.sizes, flag, **plan.tile
     )
     return out
 
@@ -398,7 +376,7 @@ def gather_rows(
         ahead: which iteration's rows, from the current one; beyond the last one the last one's.
     """
     batch, row = out.shape
-    block = min(4096, triton.next_power_of_2(row))
+    block = _ELEMENTS
     _gather_kernel[(triton.cdiv(row, block), batch)](
         near, near if far is None else far, draws, counter, out, len(near), batch, row, ahead, len(draws) - 1,
         FAR=far is not None, BLOCK=block,
@@ -448,7 +426,7 @@ def loss_gradient(
     """
     batch, row = prediction.shape
     grad = torch.empty_like(prediction)
-    block = min(4096, triton.next_power_of_2(row))
+    block = _ELEMENTS
     _loss_kernel[(triton.cdiv(row, block), batch)](
         prediction, target, counter if draws is None else draws, counter, grad, losses, batch, row, scale, p,
         DRAWN=draws is not None, SQUARE=p == 2.0, BLOCK=block,
@@ -543,5 +521,5 @@ def adam_step(
 ) -> None:  # fmt: skip
     """One step of Adam on a short vector, kept above ``floor``, in place. ``tables`` as in :func:`rounding_step`."""
     n = value.numel()
-    block = min(1024, triton.next_power_of_2(n))
+    block = _ELEMENTS
     _adam_kernel[(triton.cdiv(n, block),)](value, grad, mean, square, tables, counter, n, eps, floor, BLOCK=block)

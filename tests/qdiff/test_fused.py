@@ -101,8 +101,9 @@ def test_group_norm(
     """Far from zero mean, whole groups or tiles that do not divide the feature."""
     from qdiff import triton_kernels
 
-    monkeypatch.setattr(triton_kernels, "_NORM_WHOLE", 10**6 if whole else 1)
-    monkeypatch.setattr(triton_kernels, "_NORM_TILE", 64)
+    monkeypatch.setattr(triton_kernels, "_NORM_WHOLE", 1024 if whole else 1)
+    monkeypatch.setattr(triton_kernels, "_NORM_ROWS", 16)
+    monkeypatch.setattr(triton_kernels, "_NORM_WIDTH", 4)
     norm = nn.GroupNorm(groups, channels, eps=1e-6).to(DEVICE).requires_grad_(False)
     norm.weight.normal_(generator=None)
     norm.bias.normal_(generator=None)
@@ -150,7 +151,7 @@ def test_units_learn_the_same_with_kernels(path: str, monkeypatch: pytest.Monkey
         from qdiff import triton_kernels
 
         monkeypatch.setattr(triton_kernels, "_ELEMENTS", 2**16)
-        monkeypatch.setattr(triton_kernels, "_NORM_TILE", 2**16)
+        monkeypatch.setattr(triton_kernels, "_NORM_ROWS", 1024)
         monkeypatch.setattr(triton_kernels, "_NORM_WHOLE", 1)
     from .test_reconstruction import FAST, unit_and_data
 
