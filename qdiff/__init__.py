@@ -4,12 +4,14 @@ from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet, get_train_samples, load_calibration_set
 from qdiff.checkpoint import CheckpointError, load_quantized, resume_cali_model, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig, QuantizerConfig
+from qdiff.output_scale import OutputScale
 from qdiff.published import block_reconstruction, layer_reconstruction
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
 from qdiff.reconstruction import reconstruct_activations, reconstruct_weights
+from qdiff.scale_correction import fit_output_scale
 from qdiff.version import __version__
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationSet",
     "CheckpointError",
+    "OutputScale",
     "QuantConfig",
     "QuantModel",
     "QuantModule",
@@ -27,6 +30,7 @@ __all__ = [
     "__version__",
     "block_reconstruction",
     "calibrate",
+    "fit_output_scale",
     "get_train_samples",
     "layer_reconstruction",
     "load_calibration_set",
