@@ -39,6 +39,7 @@ from qdiff.reconstruction import (
     reconstruct_weights,
 )
 from qdiff.scale_correction import fit_output_scale
+from qdiff.workers import WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def calibrate(
         mode: ``qdiff`` reconstructs; ``linear`` only sets ranges and rounds to nearest.
         weights_done: weights were loaded from a calibrated checkpoint; calibrate activations only.
         on_unit: called after each unit, restored ones included.
-        progress: where finished units are kept, and found; opened for this calibration. None keeps them nowhere.
+        progress: where finished units are kept, and found; opened for this calibration. None keeps them nowhere. Of
+            several processes (:mod:`qdiff.workers`) the first one writes.
         budget: memory that captured data may take; it decides where they wait, not what comes out.
 
     Returns:
@@ -159,7 +161,7 @@ def _reconstruct(
     for number, unit in enumerate(units):
         there = restored.get(unit.path)
         finished = there or next(learned)
-        if there is None and progress is not None:
+        if there is None and progress is not None and WORKERS.rank == 0:
             progress.keep(unit, phase, number, finished)
         tally.add(finished, restored=there is not None)
 
@@ -227,7 +229,7 @@ def _set_act_ranges(
     find_act_ranges(qnn, inputs, range_rows(len(data.x), config))
     if config.running_stat:
         update_running_ranges(qnn, inputs, config)
-    if progress is not None:
+    if progress is not None and WORKERS.rank == 0:
         progress.keep_ranges(qnn)
 
 

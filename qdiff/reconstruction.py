@@ -188,7 +188,7 @@ def _learn(
         with arithmetic(config, loop.device, repeats=iterations), _working_weights(unit, config, learner):
             problem = loop.run()
         learner.finish(learned=not problem)
-        after = measure()
+        after = WORKERS.same(measure())
         if not problem and math.isfinite(after) and after <= before:
             return _Result(after, outcome, "; ".join(problems), tuple(loop.trace), loop.seconds)
         if not problem:
@@ -377,8 +377,7 @@ class _Loop:
         return [*range(every, self.iterations, every), self.iterations]
 
     def _look(self, done: int, stop: int) -> str:
-        losses = WORKERS.total(self.losses[done:stop].clone())
-        loss = losses.mean().item()
+        loss = WORKERS.total(self.losses[done:stop].clone()).mean().item()
         progress = self.learner.progress(stop - 1)
         self.trace.append(
             TracePoint(stop, loss, progress.rounding_loss, progress.temperature, progress.settled, progress.steps)

@@ -6,6 +6,11 @@ this is nothing.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +37,14 @@ class Workers:
             raise ValueError(f"a batch of {draws.shape[1]} samples cannot be shared by {self.count} processes")
         return draws.tensor_split(self.count, dim=1)[self.rank]
 
+    def same(self, value: Any) -> Any:
+        """What the first process has, in all of them: a path, a decision. Waits for it."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.count > 1:
@@ -48,3 +61,25 @@ class Workers:
 
 
 WORKERS = Workers()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process, where ``torchrun`` started several and none is named."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextlib.contextmanager
+def joined_processes(device: torch.device) -> Iterator[None]:
+    """Inside the ``with`` block the processes that ``torchrun`` started know one another; one process does nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

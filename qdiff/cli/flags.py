@@ -16,6 +16,7 @@ import torch
 
 from qdiff.config import ACT_BITS, CALI_PRECISIONS, RANGE_METHODS, TIMED_RANGES, WEIGHT_BITS, CalibrationConfig
 from qdiff.inference import PRECISIONS, InferenceConfig, Precision, why_not_compiled
+from qdiff.workers import local_device
 
 # What has a meaning only together with another flag.
 NEEDS_PTQ = (
@@ -454,5 +455,5 @@ def _said(parser: Parser, args: argparse.Namespace, dest: str) -> str:
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """CUDA where there is one, unless the command line says otherwise."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """CUDA where there is one, unless the command line says otherwise; of several processes each has its own GPU."""
+    return local_device(torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu")))

@@ -35,6 +35,7 @@ from qdiff.memory import MemoryBudget
 from qdiff.progress import CalibrationProgress, identity
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
+from qdiff.workers import WORKERS
 
 PUBLISHED_NAME = "ckpt.pth"
 PACKED_NAME = "ckpt.safetensors"
@@ -242,7 +243,8 @@ def calibrate_and_save(
 ) -> None:
     """Calibrate in place, on the device the network is on, and write the result in both forms.
 
-    Every finished unit lies in the folder until the result does; units that are there are not learned again.
+    Every finished unit lies in the folder until the result does; units that are there are not learned again. Of several
+    processes all calibrate, and the first one writes.
 
     Args:
         data: None where nothing needs samples (weights rounded to nearest).
@@ -260,9 +262,14 @@ def calibrate_and_save(
     if learning_phases(model, **options):
         device = next(model.parameters()).device
         calibration = identity(model, data, plan.calibration, **options)
-        progress = CalibrationProgress.open(folder / PROGRESS_FOLDER, calibration, device=device)
+        if WORKERS.rank == 0:
+            progress = CalibrationProgress.open(folder / PROGRESS_FOLDER, calibration, device=device)
+        progress = WORKERS.same(progress)
         if there := what_is_there(model, plan, progress):
             logger.info("%s", there)
+    if WORKERS.rank > 0:
+        calibrate(model, data, plan.calibration, **options, progress=progress, budget=budget)
+        return
     finished: list[UnitProgress] = []
     with ExitStack() as stack:
         listeners: list[Callable[[UnitProgress], None]] = [finished.append, stack.enter_context(UnitBar()).show]

@@ -57,6 +57,7 @@ from qdiff.cli.pixel import (
 )
 from qdiff.cli.run_folder import RunFolder, check_room
 from qdiff.inference import prepare
+from qdiff.workers import WORKERS, joined_processes
 
 PROGRAM = "sample_diffusion_ddim.py"
 DESCRIPTION = (
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_error(PROGRAM, verbose=args.verbose):
         config = load_config(args.config)
         check_sampler_flags(parser, args, config)
-        run(parser, args, config, command=[f"scripts/{PROGRAM}", *words])
+        with joined_processes(resolve_device(args.device)):
+            run(parser, args, config, command=[f"scripts/{PROGRAM}", *words])
     return 0
 
 
@@ -139,21 +141,24 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig, command: 
     model = build_model(args, config, plan)
     if plan is not None and plan.calibrates:
         check_room(args.logdir, room_needed(model))
-    folder = folder or RunFolder.create(args.logdir, options)
-    folder.tidy()
-    with folder.logging(command, verbose=args.verbose):
-        model = model.to(device)
+    if WORKERS.rank == 0:
+        folder = folder or RunFolder.create(args.logdir, options)
+        folder.tidy()
+    path = WORKERS.same(folder and folder.path)
+    model = model.to(device)
+
+    def calibrated() -> None:
+        with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
+            facts, budget = config.to_dict(), memory_budget(args, path)
+            calibrate_and_save(model, plan, data, path, facts, tensorboard=args.tensorboard, budget=budget)
+
+    if WORKERS.rank > 0:  # helps the first process to calibrate
         if plan is not None and plan.calibrates:
-            with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
-                calibrate_and_save(
-                    model,
-                    plan,
-                    data,
-                    folder.path,
-                    config.to_dict(),
-                    tensorboard=args.tensorboard,
-                    budget=memory_budget(args, folder.path),
-                )
+            calibrated()
+        return
+    with folder.logging(command, verbose=args.verbose):
+        if plan is not None and plan.calibrates:
+            calibrated()
         else:
             remove_progress(folder.path)  # of a process that was killed between its checkpoints and their tidying up
         sample_images(model, sampler, config, folder, args)

@@ -264,7 +264,7 @@ def test_a_captured_model_computes_the_same() -> None:
 def test_every_way_of_running_agrees_on_a_gpu(precision: inference.Precision, compile: bool) -> None:
     model = as_calibrated(QuantConfig(4, 8, True, True, True)).cuda()
     x, t = (part.cuda() for part in noisy_inputs(4))
-    with torch.no_grad():
+    with torch.no_grad(), inference.tf32(False):
         expected = copy.deepcopy(model)(x, t)
     run = prepare(model, InferenceConfig(precision, compile), shape=SHAPE, device="cuda", cuda_graph=compile)
     for size in (4, 3):
