@@ -136,8 +136,9 @@ class _Tally:
 def describe(report: UnitReport) -> str:
     """What became of a unit, in a line."""
     line = f"{report.name}, {report.phase}: loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
-    line += f" ({report.seconds:.1f} s"
-    line += f", at most {report.peak_gpu_bytes / 2**30:.2f} GiB of GPU memory)" if report.peak_gpu_bytes else ")"
+    peaks = [("GPU", report.peak_gpu_bytes), ("host", report.peak_host_bytes)]
+    memory = " and ".join(f"{size / 2**30:.2f} GiB of {kind} memory" for kind, size in peaks if size)
+    line += f" ({report.seconds:.1f} s" + (f", at most {memory})" if memory else ")")
     if report.outcome != "learned":
         line += f"; {report.outcome}" + (f": {report.note}" if report.note else "")
     return line

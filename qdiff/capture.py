@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qdiff.memory import Collector, MemoryBudget, MemoryPlan, Shelf, measure, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
 
 
 class UnitData:

@@ -8,6 +8,7 @@ which the GPU reads by itself while it computes, or in files mapped into memory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -215,6 +216,21 @@ def free_host_bytes() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def forget_host_peak() -> None:
+    """Let :func:`host_peak_bytes` start anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def host_peak_bytes() -> int:
+    """The most memory this process had in use since :func:`forget_host_peak`; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 # Types.

@@ -169,8 +169,16 @@ class TimedQuantizer(UniformAffineQuantizer):
             self.find_grid(x)
         index = self.clock.rows(len(x))
         shape = (-1,) + (1,) * (x.dim() - 1)
-        delta, lo, hi = (table.index_select(0, index).view(shape) for table in (self.delta, *self._shifted))
+        lo, hi = (table.index_select(0, index).view(shape) for table in self._shifted)
+        delta = self._chosen_delta(index).view(shape)
         return primitives.fake_quantize(x, delta, lo, hi).to(x.dtype)  # a grid a row would widen half precision
+
+    def _chosen_delta(self, index: Tensor) -> Tensor:
+        """The step size of each row. Gradients are summed in a fixed order, which those of an index are not on a GPU."""
+        if not (torch.is_grad_enabled() and self.delta.requires_grad):
+            return self.delta.index_select(0, index)
+        groups = torch.arange(len(self.delta), device=index.device)
+        return torch.where(index[:, None] == groups, self.delta, 0.0).sum(1)
 
     @torch.no_grad()
     def set_grid(self, delta: Tensor, zero_point: Tensor) -> None:

@@ -39,6 +39,7 @@ from qdiff.learners import (
     rounding_progress,
     rounding_schedule,
 )
+from qdiff.memory import forget_host_peak, host_peak_bytes
 from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss, reconstruction_slope
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import Unit, evaluating, frozen_parameters
@@ -84,7 +85,7 @@ class UnitReport:
         loss_after: hard rounding, or learned step sizes.
         outcome: ``learned``, ``learned at a tenth of the rate``, or ``kept``: as it was before, because learning failed
             or made it worse; ``note`` says why.
-        peak_gpu_bytes: the most GPU memory that was allocated meanwhile.
+        peak_gpu_bytes, peak_host_bytes: the most memory that was in use meanwhile.
         trace: looks at the optimisation.
         loop_seconds: of ``seconds``, what the iterations took; the rest is preparation and measuring.
     """
@@ -102,6 +103,7 @@ class UnitReport:
     peak_gpu_bytes: int = 0
     trace: tuple[TracePoint, ...] = ()
     loop_seconds: float = 0.0
+    peak_host_bytes: int = 0
 
 
 def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:
@@ -210,6 +212,7 @@ def _start(unit: Unit) -> float:
     device = device_of(unit)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    forget_host_peak()
     return time.perf_counter()
 
 
@@ -233,6 +236,7 @@ def _report(unit: Unit, phase: Phase, iterations: int, before: float, result: _R
         peak,
         result.trace,
         result.loop_seconds,
+        host_peak_bytes(),
     )
 
 
