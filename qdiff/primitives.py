@@ -42,20 +42,20 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
         scaled = x / delta
-        integers = scaled.round().clamp_(lo, hi)
-        ctx.save_for_backward(scaled, integers)
+        nearest = scaled.round()
+        integers = nearest.clamp(lo, hi)
+        inside = nearest.eq_(integers)  # 1 or 0, where clamped; numbers, since a CPU applies masks many times slower
+        slope = torch.addcmul(integers, inside, scaled, value=-1)  # of the output in δ
+        ctx.save_for_backward(inside, slope)
         ctx.delta_shape = delta.shape
-        return integers * delta
+        return integers.mul_(delta)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        scaled, integers = ctx.saved_tensors
-        inside = scaled.round() == integers  # the others were clamped
-        grad_x = grad_delta = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad * inside
+        inside, slope = ctx.saved_tensors
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_delta = None
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, integers - scaled, integers)  # of the output in δ
             grad_delta = (grad * slope).sum_to_size(ctx.delta_shape)
         return grad_x, grad_delta, None, None
 

@@ -174,7 +174,7 @@ class TimedQuantizer(UniformAffineQuantizer):
         return primitives.fake_quantize(x, delta, lo, hi).to(x.dtype)  # a grid a row would widen half precision
 
     def _chosen_delta(self, index: Tensor) -> Tensor:
-        """The step size of each row. Gradients are summed in a fixed order, which those of an index are not on a GPU."""
+        """The step size of each row. Gradients are added up in a fixed order; on a GPU those of an index are not."""
         if not (torch.is_grad_enabled() and self.delta.requires_grad):
             return self.delta.index_select(0, index)
         groups = torch.arange(len(self.delta), device=index.device)

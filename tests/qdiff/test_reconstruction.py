@@ -409,7 +409,7 @@ def test_both_paths_agree(phase: str, path: str, device: str) -> None:
         assert a.rounding_loss == pytest.approx(b.rounding_loss, rel=1e-4)
         assert a.temperature == b.temperature
         assert a.settled == pytest.approx(b.settled, abs=1e-3)
-        assert a.steps == pytest.approx(b.steps, rel=5e-2)  # Adam magnifies what rounds differently
+        assert a.steps == pytest.approx(b.steps, abs=5e-3)  # of up to 0.2: Adam magnifies what rounds differently
 
 
 def test_trace_sees_roundings_settle() -> None:
