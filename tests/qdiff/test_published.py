@@ -61,7 +61,7 @@ def test_activations() -> None:
     inputs = noisy_inputs(12)
     find_act_ranges(qnn, inputs)
     before = {path: q.delta.clone() for path, q in qnn.act_quantizers().items()}
-    report = qdiff.block_reconstruction(qnn, qnn.model.mid.block_2, inputs, 4, 10, act_quant=True, lr=1e-3)
+    report = qdiff.block_reconstruction(qnn, qnn.model.mid.block_2, inputs, 4, 10, act_quant=True, lr=1e-4)
     assert report.phase == "activations"
     moved = {path for path, q in qnn.act_quantizers().items() if not torch.equal(q.delta, before[path])}
     assert moved == {path for path in before if path.startswith("mid.block_2.")}
