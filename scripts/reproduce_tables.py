@@ -37,7 +37,7 @@ from qdiff.cli.flags import (
     resolve_device,
 )
 from qdiff.cli.pixel import PixelSampler, SamplerOptions
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.config import CALI_PRECISIONS, CalibrationConfig, QuantConfig
 from qdiff.evaluation.features import FashionClassifier, image_statistics
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.record import environment, read_json, write_json
@@ -124,6 +124,7 @@ class Row:
         table: heading under which it stands.
         recipe: None is full precision.
         quant_act: use the activation quantizers of the checkpoint.
+        scaled: divide the output by the scale that was fitted with every calibration.
         timesteps, eta: of the sampler. Calibration is always on the 100-step trajectory.
     """
 
@@ -132,6 +133,7 @@ class Row:
     quant_act: bool = True
     timesteps: int = 100
     eta: float = 0.0
+    scaled: bool = False
 
     @property
     def name(self) -> str:
@@ -141,11 +143,13 @@ class Row:
             words = [self.recipe.name if self.quant_act else self.recipe.name.replace(bits, f"a{FULL}", 1)]
         words += [] if self.timesteps == Row.timesteps else [f"{self.timesteps}steps"]
         words += [] if self.eta == Row.eta else [f"eta{self.eta:g}"]
+        words += ["scaled"] if self.scaled else []
         return "-".join(words)
 
 
 MAIN, NO_SPLIT = "Bits", "Without split shortcuts"
 STEPS, SAMPLER = "Timesteps in the calibration set", "Sampler"
+SCALE, OPTIONS = "With the output's scale divided out", "Other activation ranges"
 MODES = ("linear", "qdiff")
 
 
@@ -161,6 +165,12 @@ def sampler_rows(timesteps: int, eta: float) -> list[Row]:
     return [Row(SAMPLER, **sampler), *quantized]
 
 
+def option_rows(**quant: Any) -> list[Row]:
+    """W4A8 with other activation quantizers, from the whole set, without and with the scale."""
+    recipes = [Recipe(mode, 4, a_sym=False, quant=quant, calibration={"range_samples": None}) for mode in MODES]
+    return [Row(OPTIONS, recipe, scaled=scaled) for recipe in recipes for scaled in (False, True)]
+
+
 ROWS: tuple[Row, ...] = (
     Row(MAIN),
     *(row for mode in MODES for row in bits_rows(MAIN, mode)),
@@ -173,6 +183,12 @@ ROWS: tuple[Row, ...] = (
         if (timesteps, eta) != (Row.timesteps, Row.eta)
         for row in sampler_rows(timesteps, eta)
     ),
+    *(Row(SCALE, Recipe(mode, 4), quant_act=act, scaled=True) for mode in MODES for act in (False, True)),
+    *(Row(SCALE, Recipe(mode, 8), scaled=True) for mode in MODES),
+    *option_rows(),
+    *option_rows(timed_ranges="all"),
+    *option_rows(split_input=True),
+    *option_rows(timed_ranges="all", split_input=True),
 )
 
 
@@ -191,6 +207,9 @@ def make_parser() -> Parser:
         "--cali_samples", type=at_least(1), default=5120, metavar="N", help="in a calibration set, over its timesteps"
     )
     group.add_argument("--cali_seed", type=at_least(0), default=1234, metavar="N", help="of the calibration's draws")
+    group.add_argument(
+        "--cali_precision", choices=CALI_PRECISIONS, default=CalibrationConfig.precision, help="of the calibrations"
+    )
     group.add_argument("--tf32", action="store_true", help="TF32 while sampling on a GPU, with --precision full")
     parser.add_argument(
         "--seeds",
@@ -260,7 +279,8 @@ class Study:
     @property
     def settings(self) -> dict[str, Any]:
         a = self.args
-        named = {name: getattr(a, name) for name in ("model", "count", "iters", "iters_a", "cali_samples", "cali_seed")}
+        names = ("model", "count", "iters", "iters_a", "cali_samples", "cali_seed", "cali_precision")
+        named = {name: getattr(a, name) for name in names}
         return named | {"tf32": a.tf32, "precision": self.inference.precision, "compile": self.inference.compile}
 
     def _check_settings(self) -> None:
@@ -325,7 +345,10 @@ class Study:
             model = full_precision(self.config).to(self.device)
             return model, 4 * sum(p.numel() for p in model.parameters())
         path = self.checkpoint(row.recipe)
-        return from_packed(path, self.config, quant_act=row.quant_act).to(self.device), path.stat().st_size
+        model = from_packed(path, self.config, quant_act=row.quant_act).to(self.device)
+        if not row.scaled:
+            model.output_scale = None
+        return model, path.stat().st_size
 
     @property
     def held_out(self) -> HeldOutInputs:
@@ -376,7 +399,12 @@ class Study:
             quant = quant.at_timesteps(data.t.tolist())
         model = QuantModel.from_config(full_precision(self.config).to(self.device), quant)
         options = CalibrationConfig(
-            iters=self.args.iters, iters_a=self.args.iters_a, seed=self.args.cali_seed, **recipe.calibration
+            iters=self.args.iters,
+            iters_a=self.args.iters_a,
+            seed=self.args.cali_seed,
+            precision=self.args.cali_precision,
+            correct_scale=True,  # rows choose whether to divide by it
+            **recipe.calibration,
         )
         started = time.perf_counter()
         with tqdm(unit="unit", desc=f"calibrating {recipe.name}", dynamic_ncols=True, leave=False) as bar:
