@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -128,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(parser: Parser, args: argparse.Namespace, config: PixelConfig, command: Sequence[str]) -> None:
     """Everything that can be wrong is looked at first; then the run folder is made and the work starts."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     device = resolve_device(args.device)
     sampler = PixelSampler(config, SamplerOptions.from_args(args), device)
     plan = make_plan(parser, args, architecture(config)) if args.ptq else None
