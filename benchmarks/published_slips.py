@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,9 +41,10 @@ from qdiff.evaluation.features import FashionClassifier, image_statistics
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.sampling import sample_images
 from qdiff.evaluation.variants import HeldOutInputs
+from qdiff.memory import Collector
 from qdiff.quant_model import Unit
-from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
-from qdiff.reconstruction import _Loop
+from qdiff.quantizers import UniformAffineQuantizer
+from qdiff.reconstruction import _EagerRounding
 
 ROWS_A_STEP = 8
 
@@ -66,28 +68,35 @@ def dropout_on() -> Iterator[None]:
 @contextlib.contextmanager
 def first_half_regularized() -> Iterator[None]:
     """The rounding regulariser leaves out the second half of a split layer."""
-    original = _Loop.regularize
 
-    def regularize(self: _Loop, quantizers: list[AdaRoundQuantizer]) -> None:
-        second = {id(m.weight_quantizer_0) for m in self.module.modules() if hasattr(m, "weight_quantizer_0")}
-        original(self, [q for q in quantizers if id(q) not in second])
+    def penalty(self: _EagerRounding, k: int) -> Tensor | float:
+        _, _, beta, weight = self.schedule.rows[k]
+        first = [layer.weight_quantizers()[0][0] for layer in self.layers]
+        return weight * sum(quantizer.regularizer(beta) for quantizer in first) if weight else 0.0
 
-    with mock.patch.object(_Loop, "regularize", regularize):
+    with mock.patch.object(_EagerRounding, "penalty", penalty):
         yield
 
 
 @contextlib.contextmanager
 def full_precision_inputs() -> Iterator[None]:
     """In the second phase a unit's input comes from the full-precision network."""
-    original = PairedCapture.inputs
+    targets, inputs = PairedCapture.targets, PairedCapture.inputs
+    there: dict[str, Collector] = {}
 
-    def inputs(self: PairedCapture, unit: Unit) -> tuple[Tensor, ...]:
-        if not self.act_quant:
-            return original(self, unit)
-        with self.qnn.quant_state(False, False):
-            return self._full.observe(unit.stage, [unit])[unit.path][0]
+    def targets_and_inputs(self: PairedCapture, stage: Any) -> dict[str, Collector]:
+        with self.qnn.quant_state(False, False):  # before the network moves on
+            for unit in self.qnn.units_of(stage):
+                there[unit.path] = self._full.inputs(unit, self.memory.collector(unit))
+        return targets(self, stage)
 
-    with mock.patch.object(PairedCapture, "inputs", inputs):
+    def full_inputs(self: PairedCapture, unit: Unit) -> Collector:
+        return there[unit.path] if self.act_quant else inputs(self, unit)
+
+    with (
+        mock.patch.object(PairedCapture, "targets", targets_and_inputs),
+        mock.patch.object(PairedCapture, "inputs", full_inputs),
+    ):
         yield
 
 
@@ -162,6 +171,7 @@ class Case:
     act_range: str = "max"
     running_stat: bool = False
     shares_weights: bool = True  # nothing in it reaches the weight phase
+    engine: str = "fast"
 
 
 CASES = (
@@ -175,7 +185,7 @@ CASES = (
     Case("running statistics, ours", contextlib.nullcontext, running_stat=True),
     Case("running statistics of layers only", running_statistics_of_layers_only, running_stat=True),
     Case("dropout on", dropout_on, shares_weights=False),
-    Case("regulariser without second halves", first_half_regularized, shares_weights=False),
+    Case("regulariser without second halves", first_half_regularized, shares_weights=False, engine="eager"),
 )
 
 
@@ -216,7 +226,11 @@ def main() -> None:
             continue
         started = time.perf_counter()
         options = CalibrationConfig(
-            iters=args.iters, iters_a=args.iters_a, seed=args.seed, running_stat=case.running_stat
+            iters=args.iters,
+            iters_a=args.iters_a,
+            seed=args.seed,
+            running_stat=case.running_stat,
+            engine=case.engine,
         )
         weight_config = QuantConfig(4, 8, quant_act=False, split=True)
         with case.slip():

@@ -338,14 +338,8 @@ class _Loop:
         seed: int,
         reference: float,
     ):
-        self.unit, self.module, self.data, self.learner, self.config, self.p = (
-            unit,
-            unit.module,
-            data,
-            learner,
-            config,
-            p,
-        )
+        self.unit, self.module, self.data, self.learner = unit, unit.module, data, learner
+        self.config, self.p = config, p
         self.device = device_of(unit)
         self.iterations, self.reference = iterations, reference
         draws = draw_batches(len(data), config.batch_size, iterations, seed)
@@ -587,6 +581,7 @@ class _EagerLearner:
 
 class _EagerRounding(_EagerLearner):
     def __init__(self, layers: list[QuantModule], schedule: Schedule):
+        self.layers = layers
         self.quantizers: list[AdaRoundQuantizer] = [q for layer in layers for q, _ in layer.weight_quantizers()]
         for layer in layers:
             layer.unbake()
