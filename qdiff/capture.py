@@ -29,6 +29,7 @@ class UnitData:
         tail: the rows that follow these.
         pinned: they lie in host memory that a GPU can read by itself.
         t: the timestep of every row, for quantizers that depend on it.
+        owners: kept as long as the rows are.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class UnitData:
         t: Tensor | None = None,
     ):
         self.inputs, self.target, self.tail, self.pinned, self.t = tuple(inputs), target, tail, pinned, t
+        self.owners: tuple[Collector, ...] = ()
 
     def __len__(self) -> int:
         return len(self.target) + (0 if self.tail is None else len(self.tail))
@@ -221,6 +223,8 @@ def unit_data(inputs: Collector, target: Collector, t: Tensor | None = None) -> 
     heads, tails = inputs.parts()
     (head,), target_tails = target.parts()
     tail = UnitData(tails, target_tails[0], pinned=inputs.pinned) if len(target_tails[0]) else None
+    if tail is not None:
+        tail.owners = inputs, target  # pinned memory is given back with them
     return UnitData(heads, head, tail, t=t)
 
 
