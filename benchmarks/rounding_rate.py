@@ -3,8 +3,8 @@
     python benchmarks/rounding_rate.py --folder DIR --config configs/fashion_mnist.yml --rates 0.001 0.01 0.03
 
 calibrates the 4-bit weights of a model once for each rate, and prints the output error with activations in full. At
-the published rate of 0.001 a rounding variable moves by about 1 at most in 1000 iterations, from a start between -2.4 and
-2.4: most roundings stay at the nearest. The folder is that of ``benchmarks/published_slips.py``.
+the published rate of 0.001 a rounding variable moves by about 1 at most in 1000 iterations, from a start between -2.4
+and 2.4: most roundings stay at the nearest. The folder is that of ``benchmarks/published_slips.py``.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def main() -> None:
             "rate": rate,
             "last_steps": [round(v, 4) for v in error["w4a32"][-3:].tolist()],
             "scale": [round(v, 3) for v in scale.weights.tolist()],
-            "settled": round(
-                sum(r.trace[-1].settled * r.parameters for r in reports) / sum(r.parameters for r in reports), 3
-            ),
+            "settled": round(sum(r.trace[-1].settled * r.parameters for r in reports) / parameters, 3),
             "kept": [r.name for r in reports if r.outcome == "kept"],
             "seconds": round(time.perf_counter() - started),
         }
