@@ -182,7 +182,7 @@ def _learn(
     step, p = (reconstruct_weights, 2.0) if phase == "weights" else (reconstruct_activations, config.p)
     capture = PairedCapture(
         qnn,
-        network_inputs(data),
+        data.inputs(),
         act_quant=phase == "activations",
         chunk=min(CAPTURE_CHUNK, len(data.x)),
         compact=config.precision != "fp32" and next(qnn.parameters()).device.type == "cuda",
@@ -239,11 +239,6 @@ def _unit_seed(seed: int, phase: Phase, number: int) -> int:
     return (seed * 1_000_003 + (number * 2 + (phase == "activations"))) % 2**63
 
 
-def network_inputs(data: CalibrationSet) -> tuple[Tensor, ...]:
-    """The UNet's positional arguments: images, timesteps and, where there is one, context."""
-    return data.inputs()
-
-
 def _on_device(data: CalibrationSet, qnn: QuantModel) -> tuple[Tensor, ...]:
     device = next(qnn.parameters()).device
-    return tuple(x.to(device) for x in network_inputs(data))
+    return tuple(x.to(device) for x in data.inputs())

@@ -52,7 +52,7 @@ FIXED_BATCH = 64  # samples of the batch on which a unit's loss is reported
 TRACE_POINTS = 20  # of each unit, where the loop looks at itself
 DIVERGED = 100.0  # times the loss of rounding to nearest (or of the first ranges): no use going on
 RETRY_RATE = 0.1  # of the learning rate, the second time
-_WORTH_TUNING = 4000  # iterations from which trying all convolution kernels, about a second a unit, pays
+_WORTH_TUNING = 4000  # iterations from which trying all convolution algorithms is taken to pay
 _UNROLL = 10  # iterations a CUDA graph
 _GRAPH_WARMUP = 3  # iterations before one is captured, for allocators and autotuning
 

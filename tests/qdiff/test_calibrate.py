@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff.calibrate import UnitProgress, calibrate, find_act_ranges, network_inputs, range_rows
+from qdiff.calibrate import UnitProgress, calibrate, find_act_ranges, range_rows
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -302,8 +302,8 @@ def test_full_precision_weights_are_kept() -> None:
 def test_context_goes_to_the_network_too() -> None:
     x, t = noisy_inputs(2)
     context = torch.randn(2, 3, 4)
-    assert len(network_inputs(CalibrationSet(x, t))) == 2
-    assert network_inputs(CalibrationSet(x, t, context))[2] is context
+    assert len(CalibrationSet(x, t).inputs()) == 2
+    assert CalibrationSet(x, t, context).inputs()[2] is context
 
 
 @pytest.mark.parametrize(
