@@ -37,7 +37,7 @@ from qdiff.calibration_data import CalibrationSet, load_calibration_set, selecte
 from qdiff.capture import UnitData
 from qdiff.checkpoint import save_packed
 from qdiff.cli.errors import UserError, exit_on_error
-from qdiff.cli.flags import Help, at_least, device_name, resolve_device
+from qdiff.cli.flags import Help, at_least, device_name, real, resolve_device
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.evaluation.image_metrics import psnr
 from qdiff.evaluation.record import environment, write_json
@@ -53,6 +53,7 @@ from qdiff.evaluation.timing import (
 )
 from qdiff.evaluation.variants import from_packed, full_precision, markdown_table
 from qdiff.inference import InferenceConfig, prepare, tf32, why_not_compiled
+from qdiff.memory import MemoryBudget
 from qdiff.primitives import reconstruction_loss, search_grid
 from qdiff.quant_model import QuantModel, Unit, evaluating
 from qdiff.reconstruction import UnitReport, reconstruct_activations, reconstruct_weights
@@ -142,6 +143,11 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, iters: int = 2
     parser.add_argument("--cali_n", type=at_least(1), default=256, metavar="N", help="samples of each")
     parser.add_argument("--cali_data_path", type=Path, metavar="FILE", help="a set [noised random images]")
     parser.add_argument("--cali_precision", metavar="NAME", help="of the reconstruction [the calibration's default]")
+    parser.add_argument("--cali_gpu_gb", type=real(zero=False), metavar="GB", help="GPU memory, in all [what is free]")
+    parser.add_argument(
+        "--cali_host_gb", type=real(zero=False), metavar="GB", help="host memory for data [what is free]"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits every time")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +183,7 @@ class Breakdown:
         saving: the checkpoint.
         reports: of the units, those that were skipped included.
         skipped: paths of units that were only passed through.
+        peak_gpu_bytes: most that tensors took at a time; reserved_gpu_bytes: most that the allocator held for them.
     """
 
     setup: float = 0.0
@@ -188,6 +195,7 @@ class Breakdown:
     reports: list[UnitReport] = field(default_factory=list)
     skipped: frozenset[str] = frozenset()
     peak_gpu_bytes: int = 0
+    reserved_gpu_bytes: int = 0
 
     PARTS = ("setup", "capture", "ranges", "weights", "activations", "saving")
 
@@ -225,7 +233,14 @@ def benchmark_calibration(args: Any) -> Result:
     }
     facts["compiling"] = compile_seconds()
     notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
-    facts |= {"peak_gpu_bytes": parts.peak_gpu_bytes, "units": [report_facts(r) for r in parts.reports]}
+    facts |= {"peak_gpu_bytes": parts.peak_gpu_bytes, "reserved_gpu_bytes": parts.reserved_gpu_bytes}
+    facts |= {"peak_host_bytes": max((r.peak_host_bytes for r in parts.reports), default=0)}
+    facts |= {"units": [report_facts(r) for r in parts.reports]}
+    gpu, held, host = (facts[name] / 2**30 for name in ("peak_gpu_bytes", "reserved_gpu_bytes", "peak_host_bytes"))
+    notes.append(
+        f"At most {gpu:.2f} GiB of GPU memory in tensors, {held:.2f} GiB held for them; {host:.2f} GiB of host memory, "
+        "libraries included."
+    )
     if profile:
         notes.append(profile_table(profile[0], parts))
         facts["kernels"] = profile[0]
@@ -255,19 +270,19 @@ def run_calibration(
     chosen = evenly([unit.path for unit in qnn.units()], units)
     parts = Breakdown(skipped=frozenset(unit.path for unit in qnn.units() if unit.path not in chosen))
     wait_for(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    budget = MemoryBudget(*(None if gb is None else int(gb * 10**9) for gb in (args.cali_gpu_gb, args.cali_host_gb)))
     parts.setup = time.perf_counter() - started
 
     clock = _Clock(parts, device)
     with clock.timing_ranges(qnn), only(chosen):
-        calibrate(qnn, data, options, on_unit=clock.unit_done)
+        calibrate(qnn, data, options, on_unit=clock.unit_done, budget=budget)
     clock.finish()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.safetensors"
         parts.saving = seconds(lambda: save_packed(path, qnn), device)
     if device.type == "cuda":
-        parts.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+        # Peaks are counted anew from unit to unit.
+        parts.peak_gpu_bytes = max(torch.cuda.max_memory_allocated(device), *(r.peak_gpu_bytes for r in parts.reports))
     return parts
 
 
@@ -281,6 +296,9 @@ class _Clock:
     def unit_done(self, progress: UnitProgress) -> None:
         report = progress.report
         self.parts.reports.append(report)
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_reserved(self.device)
+            self.parts.reserved_gpu_bytes = max(self.parts.reserved_gpu_bytes, held)
         setattr(self.parts, report.phase, getattr(self.parts, report.phase) + report.seconds)
         self._rest(report.seconds)
 
@@ -356,6 +374,7 @@ def calibration_set(args: Any, config: PixelConfig, samples: int) -> Calibration
 
 def calibration_config(args: Any, **changes: Any) -> CalibrationConfig:
     options = {"iters": args.iters, "iters_a": args.iters_a, "batch_size": args.batch_size}
+    options["deterministic"] = args.deterministic
     if args.cali_precision is not None:
         if "precision" not in {f.name for f in dataclasses.fields(CalibrationConfig)}:
             raise UserError(f"--cali_precision {args.cali_precision}: this version reconstructs in one precision only")

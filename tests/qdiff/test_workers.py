@@ -14,30 +14,35 @@ from qdiff.workers import WORKERS, joined_processes, local_device
 
 from .conftest import calibration_set, wrapped
 
-CONFIG = CalibrationConfig(iters=12, iters_a=12, batch_size=6, weight_lr=1e-2, lr=1e-3)
+CONFIG = CalibrationConfig(iters=12, iters_a=12, batch_size=6, weight_lr=1e-2, lr=1e-3, precision="fp32")
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
-def losses() -> list[tuple[float, float]]:
-    qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True))
+def losses(device: str = "cpu") -> list[tuple[float, float]]:
+    qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True)).to(device)
     reports = calibrate(qnn, calibration_set(20), CONFIG)
     return [(report.loss_before, report.loss_after) for report in reports]
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    device, backend = ("cpu", "gloo") if kind == "cpu" else (f"cuda:{rank}", "nccl")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         assert WORKERS.count == 2
         assert WORKERS.same({"from": rank}) == {"from": 0}
-        torch.save(losses(), f"{folder}/{rank}.pt")
+        torch.save(losses(device), f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_two_processes_end_where_one_does(tmp_path: Path, kind: str) -> None:
     """Losses before and after every unit, weights and activations, within a thousandth."""
-    alone = losses()
-    mp.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="spawn")
+    alone = losses(kind)
+    mp.start_processes(worker, (str(tmp_path), kind), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
     assert len(first) == len(alone)

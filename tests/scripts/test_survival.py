@@ -195,6 +195,22 @@ def finished(folder: Path) -> bool:
     return (folder / CHECKPOINTS[-1]).exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_to_the_same_bytes(miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in each phase; with kernels that add up in one order."""
+    argv = [*flags(miniature, cali_iters=40, cali_iters_a=20), "--device", "cuda", "--deterministic"]
+    main([*argv, "-l", str(tmp_path / "whole")])
+    for count in (5, UNITS + 1):
+        with monkeypatch.context() as patch:
+            stop_after(patch, count, interrupt)
+            with pytest.raises(SystemExit):
+                main([*argv, "-l", str(tmp_path / "out" / str(count))])
+        folder = run_folder(tmp_path / "out" / str(count))
+        main([*argv, "-l", str(folder)])
+        assert_finished_alike(folder, run_folder(tmp_path / "whole"))
+
+
 DEATHS = {
     "before any checkpoint": ("save_published", "before"),
     "between the checkpoints": ("save_packed", "before"),
