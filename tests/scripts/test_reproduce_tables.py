@@ -84,6 +84,8 @@ def test_the_rows_are_those_of_the_paper() -> None:
         for bits in ("w8a8", "w4a32", "w4a8"):
             assert {f"{mode}-{bits}", f"{mode}-{bits}-nosplit"} <= set(names)
     assert {"full", "qdiff-w4a8-st1", "qdiff-w4a8-st5", "full-20steps", "qdiff-w4a8-50steps-eta1"} <= set(names)
+    assert {"qdiff-w4a32-weight_lr=0.03", "qdiff-w4a8-weight_lr=0.03"} <= set(names)
+    assert list(dict.fromkeys(row.table for row in tables.ROWS))[:2] == [tables.MAIN, tables.RATE]
     recipes = [row.recipe for row in tables.ROWS if row.recipe is not None]
     for one, other in itertools.combinations(recipes, 2):  # a checkpoint's file belongs to one recipe
         assert (one.name == other.name) == (one == other)
