@@ -403,11 +403,12 @@ class Study:
             return True
 
     def _made_elsewhere(self, row: Row) -> Path | None:
-        """The first file that a row needs and another process is making."""
+        """The first file that a row needs and another process is making; in the order in which they are made."""
         if row.recipe is None or self._checkpoint_path(row.recipe).is_file():
             return None
-        needed = [self._checkpoint_path(row.recipe), self._checkpoint_path(row.recipe.weights)]
-        for path in (*needed, self._set_path(row.recipe.steps)):
+        recipe = row.recipe
+        weights, both = self._checkpoint_path(recipe.weights), self._checkpoint_path(recipe)
+        for path in (self._set_path(recipe.steps), weights, both):  # what is there soonest is awaited first
             if not path.is_file():
                 with self._lock(path, wait=False) as free:
                     if not free:
