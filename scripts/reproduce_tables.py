@@ -3,17 +3,22 @@
     python scripts/reproduce_tables.py --model fashion_mnist --out tables
 
 makes calibration sets, calibrates, samples and scores, row by row. What is finished lies in the output folder and is
-not done again: calibration sets and calibrated checkpoints, ``results.json`` with one entry a row, and from it
+not done again: calibration sets, calibrated checkpoints and one file a row, and from those ``results.json``,
 ``results.md`` and ``results.png``. ``--list`` shows the rows.
+
+Several processes may work in one folder, one a GPU, say. Each takes rows that no other has taken, and what several rows
+need is made once. Who has what is said by file locks, which the kernel drops when a process ends, however it ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ from tqdm import tqdm
 from ddim.config import PixelConfig, load_config
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import load_calibration_set, make_calibration_set, save_calibration_set
-from qdiff.checkpoint import save_packed
+from qdiff.checkpoint import load_quantized, save_packed
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import (
     Parser,
@@ -50,6 +55,7 @@ from qdiff.evaluation.variants import (
     held_out_inputs,
     markdown_table,
 )
+from qdiff.files import atomic_file, write_atomically
 from qdiff.quant_model import QuantModel
 
 PROGRAM = "reproduce_tables.py"
@@ -57,6 +63,9 @@ EXAMPLES = """\
 examples:
   everything, half an hour at a time: the same command goes on where it stopped
     python scripts/reproduce_tables.py --model fashion_mnist --out tables --tf32 --minutes 30
+  on two GPUs: the same command once a GPU, at any time; they share the folder and take different rows
+    CUDA_VISIBLE_DEVICES=0 python scripts/reproduce_tables.py --out tables --tf32 &
+    CUDA_VISIBLE_DEVICES=1 python scripts/reproduce_tables.py --out tables --tf32
   a quick look on a CPU
     python scripts/reproduce_tables.py --out quick --rows full 'linear-w4*' --count 100 --cali_samples 320
 """
@@ -66,6 +75,9 @@ HELD_OUT = {"steps": 20, "per_step": 8}  # inputs for the output error
 SET_SEED = 2026  # of the images whose trajectories are calibrated on
 SAMPLER_STEPS = 100  # of those trajectories, quad steps, eta 0
 FULL = 32  # "bits" of activations that are not quantized
+# Fields of a recipe's ``quant`` and ``calibration`` that do not reach its weights. All others are taken to reach them.
+ACTIVATION_QUANT = ("sm_abit", "act_range", "timed_ranges", "split_input")
+ACTIVATION_CALIBRATION = ("lr", "p", "range_samples", "range_order", "running_stat", "rs_sm_only")
 
 
 @dataclass(frozen=True)
@@ -88,14 +100,15 @@ class Recipe:
 
     Attributes:
         mode: ``linear`` rounds to nearest, ``qdiff`` reconstructs.
-        weight_bit, act_bit: the checkpoint holds both; it also serves rows that leave activations alone.
+        weight_bit, act_bit: the checkpoint holds both; it also serves rows that leave activations alone. Without
+            ``act_bit`` it holds weights only, for others to go on from.
         steps: timesteps the calibration set is drawn from. The number of samples in all stays the same.
         quant, calibration: further fields of :class:`QuantConfig` and :class:`CalibrationConfig`.
     """
 
     mode: str
     weight_bit: int
-    act_bit: int = 8
+    act_bit: int | None = 8
     split: bool = True
     a_sym: bool = True
     steps: int = 20
@@ -105,15 +118,26 @@ class Recipe:
     @property
     def name(self) -> str:
         """Of its checkpoint: what differs from the usual, in words."""
-        words = [f"{self.mode}-w{self.weight_bit}a{self.act_bit}"]
+        words = [f"{self.mode}-w{self.weight_bit}" + ("" if self.act_bit is None else f"a{self.act_bit}")]
         words += [] if self.split else ["nosplit"]
         words += [] if self.a_sym else ["asym"]
         words += [] if self.steps == Recipe.steps else [f"st{self.steps}"]
         words += [f"{key}={value}" for key, value in sorted({**self.quant, **self.calibration}.items())]
         return "-".join(words)
 
+    @property
+    def weights(self) -> Recipe:
+        """What decides the weights: one for all recipes that differ in activations only."""
+
+        quant = {name: value for name, value in self.quant.items() if name not in ACTIVATION_QUANT}
+        calibration = {name: v for name, v in self.calibration.items() if name not in ACTIVATION_CALIBRATION}
+        return replace(self, act_bit=None, a_sym=Recipe.a_sym, quant=quant, calibration=calibration)
+
     def quant_config(self) -> QuantConfig:
-        return QuantConfig(self.weight_bit, self.act_bit, True, self.a_sym, self.split, **self.quant)
+        act: dict[str, Any] = {}
+        if self.act_bit is not None:
+            act = {"act_bit": self.act_bit, "quant_act": True, "a_sym": self.a_sym}
+        return QuantConfig(self.weight_bit, split=self.split, **act, **self.quant)
 
 
 @dataclass(frozen=True)
@@ -147,7 +171,7 @@ class Row:
         return "-".join(words)
 
 
-MAIN, NO_SPLIT = "Bits", "Without split shortcuts"
+MAIN, RATE, NO_SPLIT = "Bits", "Higher rate of rounding", "Without split shortcuts"
 STEPS, SAMPLER = "Timesteps in the calibration set", "Sampler"
 SCALE, OPTIONS = "With the output's scale divided out", "Other activation ranges"
 MODES = ("linear", "qdiff")
@@ -171,9 +195,26 @@ def option_rows(**quant: Any) -> list[Row]:
     return [Row(OPTIONS, recipe, scaled=scaled) for recipe in recipes for scaled in (False, True)]
 
 
+def rate_rows() -> list[Row]:
+    """Rounding that settles: with the published activations, and with all better options, where W8A8 is too."""
+    rate = {"weight_lr": 0.03}
+    quant = {"timed_ranges": "all", "split_input": True}
+    published = Recipe("qdiff", 4, calibration=rate)
+    four, eight = (Recipe("qdiff", bits, a_sym=False, quant=quant, calibration=rate) for bits in (4, 8))
+    return [
+        Row(RATE, published, quant_act=False),
+        Row(RATE, published),
+        Row(RATE, four),
+        Row(RATE, four, scaled=True),
+        Row(RATE, four, quant_act=False, scaled=True),
+        Row(RATE, eight),
+    ]
+
+
 ROWS: tuple[Row, ...] = (
     Row(MAIN),
     *(row for mode in MODES for row in bits_rows(MAIN, mode)),
+    *rate_rows(),
     *(row for mode in MODES for row in bits_rows(NO_SPLIT, mode, split=False)),
     *(Row(STEPS, Recipe("qdiff", 4, steps=steps), quant_act=act) for steps in (1, 5) for act in (False, True)),
     *(
@@ -199,7 +240,7 @@ def make_parser() -> Parser:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these [all]; a trailing * takes every ending")
     parser.add_argument("--list", action="store_true", help="print the rows, with what is finished, and stop")
     parser.add_argument("--minutes", type=real(zero=False), help="start nothing new after that time [no limit]")
-    group = parser.add_argument_group("settings", "recorded in results.json; a folder holds rows of one setting")
+    group = parser.add_argument_group("settings", "recorded in settings.json; a folder holds rows of one setting")
     group.add_argument("--count", type=at_least(2), default=10_000, metavar="N", help="samples a row and seed")
     group.add_argument("--iters", type=at_least(0), default=20_000, metavar="N", help="iterations a unit, weights")
     group.add_argument("--iters_a", type=at_least(0), default=5_000, metavar="N", help="the same, activations")
@@ -254,11 +295,36 @@ def chosen_rows(parser: Parser, names: Sequence[str] | None) -> list[Row]:
     return [row for row in ROWS if any(matches(row, name) for name in names)]
 
 
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among processes for the length of the block, which gets whether it is held.
+
+    The file stays: if it were removed, two processes could hold locks on two files of that name.
+
+    Args:
+        wait: until whoever holds it lets go, or ends. Otherwise the block gets False when someone holds it.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        try:
+            yield held
+        finally:
+            if held:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open
+
+
 class Study:
     """The output folder, and how its rows come about.
 
+    Processes that share the folder claim a row by a lock; what rows share is made under a lock of its own. Locks are
+    taken in the order row, checkpoint, checkpoint of the weights, calibration set, so that nobody waits in a circle.
+
     Raises:
-        UserError: the folder holds rows measured with other settings.
+        UserError: the folder holds rows measured with other settings, or a file of figures is damaged.
     """
 
     def __init__(self, args: Any):
@@ -267,13 +333,9 @@ class Study:
         self.inference = inference_config(args)
         self.bundle = MODELS[args.model]
         self.config: PixelConfig = load_config(self.bundle.config)
-        self.results_path = self.out / "results.json"
+        self.settings_path, self.results_path = self.out / "settings.json", self.out / "results.json"
         self.started = time.monotonic()
         self._held_out: HeldOutInputs | None = None
-        try:
-            self.results = read_json(self.results_path)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         self._check_settings()
 
     @property
@@ -284,37 +346,80 @@ class Study:
         return named | {"tf32": a.tf32, "precision": self.inference.precision, "compile": self.inference.compile}
 
     def _check_settings(self) -> None:
-        recorded = self.results.get("settings", self.settings)
+        recorded = self._read(self.settings_path) or self.settings
         if differing := [name for name, value in self.settings.items() if recorded.get(name) != value]:
             shown = "; ".join(f"{name} is {self.settings[name]}, was {recorded.get(name)}" for name in differing)
-            raise UserError(f"{self.results_path}: its rows have other settings: {shown}. Use those, or another --out")
+            raise UserError(f"{self.settings_path}: its rows have other settings: {shown}. Use those, or another --out")
+
+    def _record_settings(self) -> None:
+        """Before anything is made: checkpoints depend on them too."""
+        with self._lock(self.settings_path):
+            self._check_settings()  # another process may have been first
+            write_json(self.settings_path, self.settings)
 
     def missing_seeds(self, row: Row) -> list[int]:
-        """Seeds of the command that the row was not sampled with yet."""
-        done = self.results.get("rows", {}).get(row.name, {}).get("frechet", {})
+        """Seeds of the command that the row was not sampled with yet, by any process."""
+        done = self._read(self._row_path(row)).get("frechet", {})
         return [seed for seed in self.args.seeds if str(seed) not in done]
 
     def run(self, rows: Sequence[Row]) -> None:
-        """Measure what is missing, as long as there is time, and write the tables."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        waiting = [row for row in rows if self.missing_seeds(row)]
-        for number, row in enumerate(waiting):
-            if self._time_is_up():
-                print(f"{len(waiting) - number} rows are left; run the same command again to go on", flush=True)
-                break
-            self.measure(row)
-        if self.results.get("rows"):
-            self.write_tables()
+        """Measure what is missing and not claimed by others, as long as there is time, and write the tables."""
+        self._record_settings()
+        while (in_time := not self._time_is_up()) and self._go_on(rows):
+            pass
+        if left := sum(bool(self.missing_seeds(row)) for row in rows):
+            then = "other processes have them" if in_time else "run the same command again to go on"
+            print(f"{left} rows are left; {then}", flush=True)
+        self.write_tables()
 
     def _time_is_up(self) -> bool:
         minutes = self.args.minutes
         return minutes is not None and time.monotonic() - self.started >= 60 * minutes
 
+    def _go_on(self, rows: Sequence[Row]) -> bool:
+        """Measure the first row that nobody has and that needs nothing which another process is making right now.
+
+        Where all that nobody has need such things, wait for the first of them.
+
+        Returns:
+            whether there was anything to do; if not, all rows are finished or other processes have them.
+        """
+        awaited: Path | None = None
+        for row in rows:
+            if not self.missing_seeds(row):
+                continue
+            with self._lock(self._row_path(row), wait=False) as mine:
+                if not mine or not self.missing_seeds(row):  # another process may have finished it just now
+                    continue
+                path = self._made_elsewhere(row)
+                if path is None:
+                    self.measure(row)
+                    return True
+                awaited = awaited or path
+        if awaited is None:
+            return False
+        print(f"waiting for {awaited.name}, which another process makes", flush=True)
+        with self._lock(awaited):
+            return True
+
+    def _made_elsewhere(self, row: Row) -> Path | None:
+        """The first file that a row needs and another process is making; in the order in which they are made."""
+        if row.recipe is None or self._checkpoint_path(row.recipe).is_file():
+            return None
+        recipe = row.recipe
+        weights, both = self._checkpoint_path(recipe.weights), self._checkpoint_path(recipe)
+        for path in (self._set_path(recipe.steps), weights, both):  # what is there soonest is awaited first
+            if not path.is_file():
+                with self._lock(path, wait=False) as free:
+                    if not free:
+                        return path
+        return None
+
     def measure(self, row: Row) -> None:
         """One row, seed by seed; each seed's result is on the disk before the next starts."""
-        rows = self.results.setdefault("rows", {})
-        entry = rows.get(row.name)
-        if entry is None:
+        path = self._row_path(row)
+        entry = self._read(path)
+        if not entry:
             model, size = self.network(row)
             error = None if row.recipe is None else self.held_out.error(model)
             entry = {
@@ -332,9 +437,7 @@ class Study:
             entry["frechet"][str(seed)] = self.distance(images)
             entry["seconds"][str(seed)] = time.perf_counter() - started
             self._keep_images(row, seed, images)
-            rows[row.name] = entry
-            self.results["settings"] = self.settings
-            write_json(self.results_path, self.results)
+            write_json(path, entry)
             print(f"{row.name}, seed {seed}: Fréchet {entry['frechet'][str(seed)]:.3f}", flush=True)
             if self._time_is_up():
                 break
@@ -385,25 +488,31 @@ class Study:
 
     def checkpoint(self, recipe: Recipe) -> Path:
         """The packed checkpoint of a recipe; calibrated where it is not there yet."""
-        path = self._place("calibrated", f"{recipe.name}.safetensors")
-        if path.is_file():
-            return path
+        path = self._checkpoint_path(recipe)
+        with self._lock(path):
+            if not path.is_file():
+                self._calibrate(recipe, path)
+        return path
+
+    def _calibrate(self, recipe: Recipe, path: Path) -> None:
+        """Make a checkpoint: of weights, or of activations on the weights' checkpoint, as ``--resume_w`` does it."""
+        weights = None if recipe.act_bit is None else self.checkpoint(recipe.weights)
         data = load_calibration_set(
             self.calibration_set(recipe.steps),
             cali_st=recipe.steps,
             cali_n=self._samples_a_step(recipe.steps),
             image_shape=self.image_shape,
         )
-        quant = recipe.quant_config()
-        if "timed_ranges" in recipe.quant:  # grids of their own for the timesteps of the set
-            quant = quant.at_timesteps(data.t.tolist())
+        quant = recipe.quant_config().at_timesteps(data.t.tolist())
         model = QuantModel.from_config(full_precision(self.config).to(self.device), quant)
+        if weights is not None:  # full precision stays: it is the target of the activations and of the scale
+            load_quantized(weights, model, quant_act=False, weights_only=True, keep_full_precision=True)
         options = CalibrationConfig(
             iters=self.args.iters,
             iters_a=self.args.iters_a,
             seed=self.args.cali_seed,
             precision=self.args.cali_precision,
-            correct_scale=True,  # rows choose whether to divide by it
+            correct_scale=weights is not None,  # rows choose whether to divide by it
             **recipe.calibration,
         )
         started = time.perf_counter()
@@ -413,19 +522,22 @@ class Study:
                 bar.total = progress.total
                 bar.update(progress.index + 1 - bar.n)
 
-            calibrate(model, data, options, mode=recipe.mode, on_unit=show)
+            calibrate(model, data, options, mode=recipe.mode, weights_done=weights is not None, on_unit=show)
         seconds = time.perf_counter() - started
+        write_json(path.with_suffix(".json"), {"seconds": seconds})  # first: with the checkpoint all is there
         info = {"model_config": self.config.to_dict(), "calibration": {"quant_mode": recipe.mode}}
         save_packed(path, model, info=info)
-        self.results.setdefault("calibration_seconds", {})[recipe.name] = seconds
         print(f"{recipe.name}: calibrated in {seconds:.0f} s", flush=True)
-        return path
 
     def calibration_set(self, steps: int) -> Path:
         """Inputs along full-precision trajectories, as many in all whatever the number of timesteps."""
-        path = self._place("sets", f"st{steps}.pt")
-        if path.is_file():
-            return path
+        path = self._set_path(steps)
+        with self._lock(path):
+            if not path.is_file():
+                self._make_calibration_set(steps, path)
+        return path
+
+    def _make_calibration_set(self, steps: int, path: Path) -> None:
         sampler = PixelSampler(
             self.config, SamplerOptions("generalized", "quad", SAMPLER_STEPS, 0.0, SET_SEED), self.device
         )
@@ -441,7 +553,6 @@ class Study:
                 progress=bar.update,
             )
         save_calibration_set(path, content)
-        return path
 
     def _samples_a_step(self, steps: int) -> int:
         return max(1, self.args.cali_samples // steps)
@@ -451,27 +562,64 @@ class Study:
         data = self.config.data
         return data.channels, data.image_size, data.image_size
 
-    def _place(self, folder: str, name: str) -> Path:
-        (self.out / folder).mkdir(exist_ok=True)
-        return self.out / folder / name
-
     def _keep_images(self, row: Row, seed: int, images: Tensor) -> None:
         """The first images of the first seed, for the picture."""
         if seed == self.args.seeds[0]:
-            torch.save((images[:SHOWN] * 255).round().to(torch.uint8), self._place("images", f"{row.name}.pt"))
+            path = self._images_path(row)
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as file:  # another process may be reading it
+                torch.save((images[:SHOWN] * 255).round().to(torch.uint8), file)
+
+    # Where things are.
+
+    def _row_path(self, row: Row) -> Path:
+        return self.out / "rows" / f"{row.name}.json"
+
+    def _checkpoint_path(self, recipe: Recipe) -> Path:
+        return self.out / "calibrated" / f"{recipe.name}.safetensors"
+
+    def _set_path(self, steps: int) -> Path:
+        return self.out / "sets" / f"st{steps}.pt"
+
+    def _images_path(self, row: Row) -> Path:
+        return self.out / "images" / f"{row.name}.pt"
+
+    def _lock(self, path: Path, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """The lock under which a file of the folder is made, see :func:`file_lock`; the file's folder is there then."""
+        lock = self.out / "locks" / path.relative_to(self.out)
+        for folder in (path.parent, lock.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        return file_lock(lock, wait=wait)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_json(path)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     # What comes out.
 
+    def results(self) -> dict[str, Any]:
+        """All that the folder holds: the settings, an entry a row, and how long each calibration took."""
+        rows = {path.stem: self._read(path) for path in sorted(self.out.glob("rows/*.json"))}
+        seconds = {path.stem: self._read(path)["seconds"] for path in sorted(self.out.glob("calibrated/*.json"))}
+        return {"settings": self.settings, "rows": rows, "calibration_seconds": seconds}
+
     def write_tables(self) -> None:
-        """``results.md`` and ``results.png`` from all rows in the folder."""
-        text = tables(self.results)
-        (self.out / "results.md").write_text(text, encoding="utf-8")
-        print(f"\n{text}")
-        paths = {row.name: self.out / "images" / f"{row.name}.pt" for row in ROWS if row.table == MAIN}
-        shown = {name: torch.load(path, weights_only=True) / 255 for name, path in paths.items() if path.is_file()}
-        if shown:
-            title = f"{Row.timesteps} quad steps, the same noise in a column"
-            comparison_picture(shown, self.out / "results.png", title=title)
+        """``results.json``, ``results.md`` and ``results.png`` from all rows in the folder, if there are any."""
+        with self._lock(self.results_path):  # who is last has read all rows
+            results = self.results()
+            if not results["rows"]:
+                return
+            write_json(self.results_path, results)
+            text = tables(results)
+            write_atomically(self.out / "results.md", text.encode())
+            print(f"\n{text}")
+            paths = {row.name: self._images_path(row) for row in ROWS if row.table == MAIN}
+            shown = {name: torch.load(path, weights_only=True) / 255 for name, path in paths.items() if path.is_file()}
+            if shown:
+                title = f"{Row.timesteps} quad steps, the same noise in a column"
+                comparison_picture(shown, self.out / "results.png", title=title)
 
 
 def tables(results: Mapping[str, Any]) -> str:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from qdiff.checkpoint import read_info
+from qdiff.calibrate import calibrate
+from qdiff.calibration_data import load_calibration_set
+from qdiff.checkpoint import packed_bytes, read_info
+from qdiff.config import CalibrationConfig
+from qdiff.evaluation.variants import full_precision
+from qdiff.quant_model import QuantModel
 
-from .conftest import load_script
+from .conftest import REPOSITORY, load_script
 
 QUICK = [
     "--count",
@@ -33,11 +42,8 @@ QUICK = [
 tables = load_script("reproduce_tables")
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> tuple:
-    """Four rows that take two steps, from two calibrations on two timesteps."""
-    monkeypatch.setattr(tables, "HELD_OUT", {"steps": 2, "per_step": 2})
-    monkeypatch.setattr(tables, "SAMPLER_STEPS", 2)
+def quick_values() -> dict:
+    """The script's constants for four rows that take two steps, from two calibrations on two timesteps."""
     four = tables.Recipe("qdiff", 4, steps=2)
     rows = (
         tables.Row(tables.MAIN, timesteps=2),
@@ -45,8 +51,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> tuple:
         tables.Row(tables.STEPS, four, quant_act=False, timesteps=2),
         tables.Row(tables.STEPS, four, timesteps=2, eta=1.0),
     )
-    monkeypatch.setattr(tables, "ROWS", rows)
-    return rows
+    return {"HELD_OUT": {"steps": 2, "per_step": 2}, "SAMPLER_STEPS": 2, "ROWS": rows}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> tuple:
+    values = quick_values()
+    for name, value in values.items():
+        monkeypatch.setattr(tables, name, value)
+    return values["ROWS"]
+
+
+def new_study(out: Path, *more: str) -> object:
+    return tables.Study(tables.make_parser().parse_args(["--out", str(out), *QUICK, *more]))
 
 
 def run(out: Path, *more: str) -> dict:
@@ -67,9 +84,49 @@ def test_the_rows_are_those_of_the_paper() -> None:
         for bits in ("w8a8", "w4a32", "w4a8"):
             assert {f"{mode}-{bits}", f"{mode}-{bits}-nosplit"} <= set(names)
     assert {"full", "qdiff-w4a8-st1", "qdiff-w4a8-st5", "full-20steps", "qdiff-w4a8-50steps-eta1"} <= set(names)
+    assert {"qdiff-w4a32-weight_lr=0.03", "qdiff-w4a8-weight_lr=0.03"} <= set(names)
+    assert list(dict.fromkeys(row.table for row in tables.ROWS))[:2] == [tables.MAIN, tables.RATE]
     recipes = [row.recipe for row in tables.ROWS if row.recipe is not None]
     for one, other in itertools.combinations(recipes, 2):  # a checkpoint's file belongs to one recipe
         assert (one.name == other.name) == (one == other)
+        assert (one.weights.name == other.weights.name) == (one.weights == other.weights)
+    assert not {recipe.name for recipe in recipes} & {recipe.weights.name for recipe in recipes}
+
+
+def test_weights_are_shared_by_recipes_that_differ_in_activations_only() -> None:
+    def shared(**options: object) -> str:
+        return tables.Recipe("qdiff", 4, **options).weights.name
+
+    activations = {"quant": {"timed_ranges": "all", "act_range": "mse"}, "calibration": {"range_samples": None}}
+    assert shared() == shared(act_bit=4) == shared(a_sym=False, **activations) == "qdiff-w4"
+    assert shared(split=False) == "qdiff-w4-nosplit"
+    assert shared(steps=5) == "qdiff-w4-st5"
+    assert shared(calibration={"weight_lr": 0.03, "lr": 1e-3}) == "qdiff-w4-weight_lr=0.03"
+    assert shared(quant={"weight_range": "mse", "split_input": True}) == "qdiff-w4-weight_range=mse"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"a_sym": False, "quant": {"timed_ranges": "all", "split_input": True}}],
+    ids=["published", "better"],
+)
+def test_shared_weights_change_nothing(quick: tuple, tmp_path: Path, options: dict) -> None:
+    """A checkpoint in two parts, weights and then activations, has the bytes of one calibrated in one go."""
+    rate = {"weight_lr": 0.5}  # flips roundings within a few iterations
+    recipe = tables.Recipe("qdiff", 4, steps=2, **options, calibration=rate)
+    study = new_study(tmp_path, "--iters", "5", "--iters_a", "5")
+    made = study.checkpoint(recipe).read_bytes()
+    weights = tmp_path / "calibrated" / "qdiff-w4-st2-weight_lr=0.5.safetensors"
+    assert not read_info(weights).quant.quant_act
+
+    data = load_calibration_set(study.calibration_set(2), cali_st=2, cali_n=2, image_shape=study.image_shape)
+    model = QuantModel.from_config(full_precision(study.config), recipe.quant_config().at_timesteps(data.t.tolist()))
+    calibrate(model, data, CalibrationConfig(iters=5, iters_a=5, correct_scale=True, **rate))
+    info = {"model_config": study.config.to_dict(), "calibration": {"quant_mode": "qdiff"}}
+    assert packed_bytes(model, info=info) == made
+
+    nearest = study.checkpoint(tables.Recipe("linear", 4, steps=2).weights).read_bytes()
+    assert weights.read_bytes() != nearest
 
 
 def test_from_nothing_to_tables_and_on(quick: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -107,9 +164,12 @@ def test_from_nothing_to_tables_and_on(quick: tuple, tmp_path: Path, monkeypatch
     assert {"device", "torch", "commit"} <= rows[names[0]]["environment"].keys()
 
     # Two calibrations for three quantized rows, on one set of two steps, without its split and with it.
-    checkpoints = sorted((tmp_path / "calibrated").iterdir())
-    assert [path.name for path in checkpoints] == ["linear-w8a8-nosplit-st2.safetensors", "qdiff-w4a8-st2.safetensors"]
-    assert [read_info(path).quant.split for path in checkpoints] == [False, True]
+    checkpoints = sorted((tmp_path / "calibrated").glob("*.safetensors"))
+    made = ["linear-w8-nosplit-st2", "linear-w8a8-nosplit-st2", "qdiff-w4-st2", "qdiff-w4a8-st2"]
+    assert [path.stem for path in checkpoints] == made
+    assert [read_info(path).quant.split for path in checkpoints] == [False, False, True, True]
+    assert sorted(results["calibration_seconds"]) == made
+    assert all(seconds > 0 for seconds in results["calibration_seconds"].values())
     content = torch.load(tmp_path / "sets" / "st2.pt", weights_only=True)
     assert [len(x) for x in content["xs"]] == [2, 2]
 
@@ -135,6 +195,65 @@ def test_from_nothing_to_tables_and_on(quick: tuple, tmp_path: Path, monkeypatch
     assert "count is 5, was 4" in capsys.readouterr().err
 
 
+TWIN = """
+from tests.scripts.test_reproduce_tables import QUICK, quick_values, sys, tables
+vars(tables).update(quick_values())
+print("ready", flush=True)
+input()
+tables.main(["--out", sys.argv[1], *QUICK])
+"""
+
+
+def test_two_processes_share_a_folder(quick: tuple, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWIN, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
+    twins = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [twin.stdout.readline() for twin in twins] == ["ready\n"] * 2  # imported: both start now
+    for twin in twins:
+        twin.stdin.write("\n")
+        twin.stdin.flush()
+    said = [twin.communicate(timeout=120)[0] for twin in twins]
+    assert [twin.returncode for twin in twins] == [0, 0]
+
+    # Each row and each calibration once, in one of them; both had something to do.
+    lines = "".join(said).splitlines()
+    measured = sorted(line.partition(",")[0] for line in lines if ": Fréchet" in line)
+    assert measured == sorted(row.name for row in quick)
+    assert sum("calibrated in" in line for line in lines) == 4
+    assert all(": Fréchet" in text for text in said)
+    assert sorted(json.loads((tmp_path / "results.json").read_text())["rows"]) == measured
+
+
+def test_a_row_that_another_process_has_is_left_to_it(quick: tuple, tmp_path: Path, capsys) -> None:
+    other, row = new_study(tmp_path), quick[0]
+    with other._lock(other._row_path(row)):
+        assert list(run(tmp_path, "--rows", row.name, quick[1].name)["rows"]) == [quick[1].name]
+    assert "1 rows are left; other processes have them" in capsys.readouterr().out
+    assert row.name in run(tmp_path, "--rows", row.name)["rows"]
+
+
+def test_rows_whose_checkpoint_another_process_makes_come_last(
+    quick: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    sampled: list[str] = []
+    sample: Callable = tables.Study.sample
+    other, made = new_study(tmp_path), ExitStack()
+    awaited = other._checkpoint_path(quick[1].recipe.weights)
+    made.enter_context(other._lock(awaited))
+
+    def note(self, row, seed):
+        sampled.append(row.name)
+        if len(sampled) == 3:  # the other process goes on for a while after this one has nothing else to do
+            threading.Timer(2.0, made.close).start()
+        return sample(self, row, seed)
+
+    monkeypatch.setattr(tables.Study, "sample", note)
+    run(tmp_path)
+    names = [row.name for row in quick]
+    assert sampled == [names[0], *names[2:], names[1]]
+    assert f"waiting for {awaited.name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -152,11 +271,13 @@ def test_wrong_words(words: str, said: str, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_results_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(SystemExit):
-        tables.main(["--out", str(tmp_path), *QUICK])
-    assert "results.json" in capsys.readouterr().err
+def test_a_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("rows/full.json", "settings.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{")
+        with pytest.raises(SystemExit):
+            tables.main(["--out", str(tmp_path), *QUICK])
+        assert name in capsys.readouterr().err
 
 
 def test_names_with_a_star() -> None:
