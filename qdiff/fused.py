@@ -34,8 +34,8 @@ def _triton_there() -> bool:
 
 
 def enabled(device: torch.device) -> bool:
-    """Whether kernels are to run on a device now."""
-    return _state["on"] and available(device)
+    """Whether kernels are to run on a device now; never in what is being compiled, which makes kernels of its own."""
+    return not torch.compiler.is_compiling() and _state["on"] and available(device)
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def group_norm(norm: torch.nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
     """
     own = type(norm) is torch.nn.GroupNorm  # not one wrapped for another precision
     frozen = own and not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
-    if x.dim() == 4 and frozen and enabled(x.device) and not torch.compiler.is_compiling():
+    if x.dim() == 4 and frozen and enabled(x.device):
         return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
     out = norm(x)
     return torch.nn.functional.silu(out) if silu else out

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ddim.samplers import EpsilonModel
 from qdiff.adapters import find_adapter
+from qdiff.graphs import recording
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
@@ -234,7 +235,7 @@ class GraphedModel:
                     model(self._x, self._t)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
+            with recording(self._graph, stream):
                 self._out = model(self._x, self._t)
         self._model = model  # its weights are what the graph reads
 

@@ -72,7 +72,7 @@ def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | flo
         lo, hi: the grid's bounds **less the zero point**: clamp(round(x/δ) + z, lo, hi) - z is the same integer as
             clamp(round(x/δ), lo - z, hi - z), one pass over memory cheaper each way.
     """
-    if fused.can_fake_quantize(x, delta, lo) and not torch.compiler.is_compiling():
+    if fused.can_fake_quantize(x, delta, lo):
         return fused.fake_quantize(x, delta, lo, hi)
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
         return _FakeQuantize.apply(x, delta, lo, hi)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qdiff import fused
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig
+from qdiff.graphs import recording
 from qdiff.learners import (
     ADAM_BETAS,
     ADAM_EPS,
@@ -426,7 +427,7 @@ class _Loop:
 
         def capture(count: int) -> torch.cuda.CUDAGraph:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
+            with recording(graph, side):
                 stage.iterate(count)
             return graph
 

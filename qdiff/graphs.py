@@ -1,0 +1,32 @@
+"""CUDA graphs: work that is recorded once and launched as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Record the ``with`` block's work into a graph, as :class:`torch.cuda.graph`, with garbage left alone meanwhile.
+
+    Whatever the garbage collector happens to free may call into CUDA (pinned memory is unregistered), and such a call
+    ends a recording with an error.
+    """
+    with holding_garbage(), torch.cuda.graph(graph, stream=stream):
+        yield
+
+
+@contextlib.contextmanager
+def holding_garbage() -> Iterator[None]:
+    """No garbage is collected inside the ``with`` block."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
