@@ -5,10 +5,11 @@
 
 DIR holds what ``benchmarks/published_slips.py`` reads. A case is fields of :class:`QuantConfig` and
 :class:`CalibrationConfig`, joined by commas; ``linear`` among them rounds to nearest. Each case is calibrated W4A8
-``--split`` with each seed and precision, and measured with weights only and with activations, both as calibrated and
-divided by the scale fitted on the calibration set: the output error on the recorded inputs, and with ``--frechet N``
-the distance of N samples (100 quad steps) from the recorded noise. ``--gains`` measures full precision with its output
-divided by a constant. What the file holds already is not measured again; ``--summary`` prints means and spreads.
+``--split`` with each seed and precision, and measured with weights only and with activations, both as calibrated,
+divided by the scale fitted on the calibration set, and with the mean error subtracted as well: the output error on the
+recorded inputs, and with ``--frechet N`` the distance of N samples (100 quad steps) from the recorded noise. ``--gains``
+measures full precision with its output divided by a constant. What the file holds already is not measured again;
+``--summary`` prints means and spreads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from torch import nn
 
 from ddim.config import PixelConfig, load_config
 from ddim.unet import UNet
-from qdiff import CalibrationConfig, QuantConfig, QuantModel, calibrate, load_calibration_set, save_packed
+from qdiff import (
+    CalibrationConfig,
+    QuantConfig,
+    QuantModel,
+    calibrate,
+    fit_output_scale,
+    load_calibration_set,
+    save_packed,
+)
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CALI_PRECISIONS
 from qdiff.evaluation.features import FashionClassifier, image_statistics
@@ -41,7 +50,12 @@ from qdiff.inference import InferenceConfig
 
 ROWS_A_STEP = 8
 NOISE_SEED = 1  # of the recorded figures: one draw on a GPU
-VARIANTS = {"w4a32": (False, False), "w4a32 scaled": (False, True), "w4a8": (True, False), "w4a8 scaled": (True, True)}
+# Bits: whether activations are quantized; what is corrected: nothing, the scale, the mean as well.
+VARIANTS = {
+    f"{bits} {how}".strip(): (activations, how)
+    for bits, activations in (("w4a32", False), ("w4a8", True))
+    for how in ("", "scaled", "scaled, mean")
+}
 
 
 def options_of(case: str) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -135,10 +149,11 @@ class Study:
             self.args.save.mkdir(parents=True, exist_ok=True)
             save_packed(self.args.save / f"{key['case']}-{key['seed']}-{key['precision']}.safetensors", qnn)
         scale = qnn.output_scale
+        corrections = {"": None, "scaled": scale, "scaled, mean": fit_output_scale(qnn, data, mean=True)}
         errors, distances = {}, {}
-        for name, (activations, scaled) in VARIANTS.items():
+        for name, (activations, correction) in VARIANTS.items():
             qnn.set_quant_state(True, activations)
-            qnn.output_scale = scale if scaled else None
+            qnn.output_scale = corrections[correction]
             error = self.held_out.error(qnn)
             errors[name] = [error.mean().item(), *error[-3:].tolist()]
             if self.args.frechet and name in self.args.variants:

@@ -4,7 +4,7 @@
 2. Activation ranges: one forward pass in network order, with calibrated weights and every earlier quantizer on.
 3. If asked for: moving averages of those ranges over the whole set.
 4. Step sizes: unit by unit in network order (``qdiff`` mode).
-5. If asked for: the output's scale error, timestep by timestep.
+5. If asked for: the output's scale error and mean error, timestep by timestep.
 
 With a :class:`~qdiff.progress.CalibrationProgress` every finished unit is on the disk before the next one starts, and
 units that are there already are not learned again.
@@ -108,7 +108,7 @@ def calibrate(
             if mode == "qdiff":
                 _reconstruct(qnn, data, config, "activations", tally, progress, budget)
     qnn.set_quant_state(True, quant_act)
-    qnn.output_scale = fit_output_scale(qnn, data) if config.correct_scale else None
+    qnn.output_scale = fit_output_scale(qnn, data, mean=config.correct_mean) if config.correct_scale else None
     return tally.reports
 
 

@@ -152,7 +152,8 @@ class CalibrationConfig:
         precision: of the reconstruction's arithmetic on a GPU; a CPU computes in fp32.
         engine: ``fast``, or ``eager``: all of it left to autograd in fp32, the oracle.
         deterministic: on a GPU, kernels that give the same bits every time, none chosen by a stopwatch.
-        correct_scale: fit the output's scale error, timestep by timestep, when all else is done.
+        correct_scale: fit the output's scale error, timestep by timestep, when all else is done; correct_mean: and its
+            mean error, pixel by pixel.
     """
 
     iters: int = 20_000
@@ -174,6 +175,7 @@ class CalibrationConfig:
     engine: Literal["fast", "eager"] = "fast"
     deterministic: bool = False
     correct_scale: bool = False
+    correct_mean: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "range_samples"):
@@ -192,6 +194,8 @@ class CalibrationConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
         if self.rs_sm_only and not self.running_stat:
             raise ValueError("rs_sm_only needs running_stat")
+        if self.correct_mean and not self.correct_scale:
+            raise ValueError("correct_mean needs correct_scale")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

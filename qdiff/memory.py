@@ -327,6 +327,17 @@ def pinned_empty(rows: int, length: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of one collector go; see :class:`Collector`."""
+
+    rows: int
+    near: int
+    compact: bool
+    pinned: bool
+    folder: Path | None
+
+
 class Collector:
     """Puts a unit's rows where they shall lie as they come, chunk by chunk: no second copy of them ever exists.
 
@@ -337,14 +348,15 @@ class Collector:
     """
 
     def __init__(self, rows: int, near: int, *, compact: bool, pinned: bool = True, folder: Path | None = None):
-        self.rows, self.near, self.compact, self.pinned, self.folder = rows, near, compact, pinned, folder
+        self.rows, self.pinned = rows, pinned
+        self._layout = _Layout(rows, near, compact, pinned, folder)
         self.filled = 0
         self._stores: list[_RowStore] = []
 
     def add(self, tensors: tuple[Tensor, ...]) -> None:
         """The next rows, of every tensor."""
         if not self._stores:
-            self._stores = [_RowStore(self, x) for x in tensors]
+            self._stores = [_RowStore(self._layout, x) for x in tensors]
         for store, x in zip(self._stores, tensors, strict=True):
             store.write(self.filled, x)
         self.filled += len(tensors[0])
@@ -359,18 +371,19 @@ class Collector:
 class _RowStore:
     """The rows of one tensor, as they lie in memory: channels last on a GPU."""
 
-    def __init__(self, collector: Collector, first: Tensor):
-        self.collector, self.shape = collector, tuple(first.shape[1:])
+    def __init__(self, layout: _Layout, first: Tensor):
+        # Not the collector itself: the two would keep one another alive until the next collection of garbage.
+        self.layout, self.shape = layout, tuple(first.shape[1:])
         self.last = first.device.type == "cuda"
-        self.dtype = torch.float16 if collector.compact and _compactable(first) else first.dtype
+        self.dtype = torch.float16 if layout.compact and _compactable(first) else first.dtype
         self.length = first[0].numel()
-        self.head = torch.empty(collector.near, self.length, dtype=self.dtype, device=first.device)
-        self.tail = self._far(collector.rows - collector.near)
+        self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
+        self.tail = self._far(layout.rows - layout.near)
 
     def _far(self, count: int) -> Tensor:
-        if count and not self.collector.pinned:
+        if count and not self.layout.pinned:
             like = torch.empty(count, self.length, dtype=self.dtype, device="meta")
-            return mapped_empty(like, self.collector.folder)
+            return mapped_empty(like, self.layout.folder)
         if count and self.last:
             return pinned_empty(count, self.length, self.dtype)
         return torch.empty(count, self.length, dtype=self.dtype)

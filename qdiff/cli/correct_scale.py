@@ -58,6 +58,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--batch_size", type=at_least(1), default=FIT_CHUNK, metavar="N", help="samples in the network at once"
     )
+    parser.add_argument(
+        "--correct_mean",
+        action="store_true",
+        help="record the mean error of every pixel too, which sampling subtracts",
+    )
     add_model_flags(parser)
     add_selection_flags(parser.add_argument_group("calibration set"), required=True)
     group = parser.add_argument_group("quantization", "of a checkpoint that does not say it itself")
@@ -98,7 +103,7 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
     model.to(resolve_device(args.device))
     with lower_on_out_of_memory("--batch_size", args.batch_size):
         try:
-            model.output_scale = fit_output_scale(model, data, chunk=args.batch_size)
+            model.output_scale = fit_output_scale(model, data, mean=args.correct_mean, chunk=args.batch_size)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
     info = read_info(path)

@@ -22,7 +22,7 @@ from qdiff.workers import local_device
 NEEDS_PTQ = (
     *("quant_mode", "weight_bit", "act_bit", "quant_act", "a_sym", "a_min_max", "split", "sm_abit"),
     *("timed_ranges", "split_input", "act_range", "range_samples", "running_stat", "rs_sm_only"),
-    *("resume", "resume_w", "cali_ckpt", "correct_scale", "no_correct_scale", "tensorboard"),
+    *("resume", "resume_w", "cali_ckpt", "correct_scale", "correct_mean", "no_correct_scale", "tensorboard"),
 )
 NEEDS_QUANT_ACT = (
     *("act_bit", "a_sym", "a_min_max", "sm_abit", "timed_ranges", "split_input", "act_range", "range_samples"),
@@ -343,6 +343,11 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False) -> None:
         help="measure at the end by which factor the quantized network's output is too large at each calibrated "
         "timestep; the packed checkpoint records it, and sampling divides by it",
     )
+    group.add_argument(
+        "--correct_mean",
+        action="store_true",
+        help="with --correct_scale: measure the mean error of every pixel too, which sampling subtracts",
+    )
 
 
 def add_selection_flags(group: argparse._ArgumentGroup, *, required: bool = False) -> None:
@@ -376,7 +381,7 @@ def add_resume_flags(parser: Parser) -> None:
     group.add_argument(
         "--no_correct_scale",
         action="store_true",
-        help="with --resume: sample without the output scale that --correct_scale recorded in the checkpoint",
+        help="with --resume: sample without what --correct_scale and --correct_mean recorded in the checkpoint",
     )
 
 
@@ -420,6 +425,8 @@ def _check_scale_flags(parser: Parser, args: argparse.Namespace) -> None:
             "--correct_scale is for calibrating; with --resume a recorded scale is applied anyway, and "
             f"scripts/correct_scale.py {args.cali_ckpt or 'CKPT'} adds one to a calibrated checkpoint"
         )
+    if args.correct_mean and not args.correct_scale:
+        parser.error("--correct_mean needs --correct_scale: it adds the mean error to the scale")
     if args.no_correct_scale and not args.resume:
         parser.error("--no_correct_scale needs --resume: a calibration measures the scale only with --correct_scale")
 

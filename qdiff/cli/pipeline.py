@@ -61,7 +61,7 @@ class QuantPlan:
         mode: ``qdiff``, or ``linear``: round to nearest.
         checkpoint: where calibrated weights come from; None calibrates everything.
         weights_only: take the weights of ``checkpoint`` and calibrate activations.
-        correct_scale: divide the output by the scale that the checkpoint records, where it does.
+        correct_scale: correct the output as the checkpoint says, where it does.
     """
 
     quant: QuantConfig
@@ -164,6 +164,7 @@ def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
         precision=args.cali_precision,
         deterministic=args.deterministic,
         correct_scale=args.correct_scale,
+        correct_mean=args.correct_mean,
     )
 
 
@@ -299,7 +300,7 @@ def calibrate_and_save(
     if not publishable:
         logger.info("no %s: the published format has no place for %s", PUBLISHED_NAME, UNPUBLISHABLE)
         return
-    lost = " but for the output scale, for which it has no place" if model.output_scale is not None else ""
+    lost = " but for the correction of the output, for which it has no place" if model.output_scale is not None else ""
     logger.info("%s: the same in the published format%s", folder / PUBLISHED_NAME, lost)
 
 

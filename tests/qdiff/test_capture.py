@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from qdiff.calibrate import find_act_ranges
 from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.config import QuantConfig
+from qdiff.graphs import holding_garbage
 from qdiff.memory import Collector, Shelf
 from qdiff.quant_model import QuantModel
 
@@ -182,6 +185,19 @@ def test_rows_of_a_tail_follow() -> None:
         inputs, target = data.rows(torch.tensor(index), torch.device("cpu"))
         for got, expected in zip((*inputs, target), whole, strict=True):
             assert torch.equal(got, expected[index])
+
+
+def test_data_go_with_their_unit() -> None:
+    """Not at some later collection of garbage: the next unit's need the room."""
+    qnn = with_grids(QuantConfig(4, split=True))
+    capture = PairedCapture(qnn, noisy_inputs(4), act_quant=False, chunk=4)
+    stage = next(capture.stages())
+    (unit, *_) = qnn.units_of(stage)
+    with holding_garbage():
+        data = capture.data(unit, capture.targets(stage))
+        gone = [weakref.ref(x) for x in (data, data.target, *data.inputs)]
+        del data
+        assert all(reference() is None for reference in gone)
 
 
 @pytest.mark.gpu

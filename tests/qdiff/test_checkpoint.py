@@ -281,16 +281,19 @@ def test_timed_ranges_come_back(saved, which: str, a_sym: bool, scaled: bool) ->
     assert torch.equal(output(fresh), output(qnn))
 
 
-def test_an_output_scale_comes_back(saved) -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_an_output_scale_comes_back(saved, mean: bool) -> None:
     qnn = as_calibrated(W4A8)
     plain = output(qnn)
-    qnn.output_scale = copy.deepcopy(SCALE)
+    maps = torch.randn(2, len(TIMESTEPS), *plain.shape[1:]).half().float()
+    qnn.output_scale = OutputScale(TIMESTEPS, SCALE.weights, SCALE.activations, *(maps if mean else ()))
     path = saved("packed", qnn)
     assert format_version(path) == 2
     fresh = wrapped(W4A8, seed=7)
     load_quantized(path, fresh, quant_act=True)
-    for name in ("timesteps", "weights", "activations"):
-        assert torch.equal(getattr(fresh.output_scale, name), getattr(SCALE, name))
+    assert fresh.output_scale.tables.keys() == qnn.output_scale.tables.keys()
+    for name, table in qnn.output_scale.tables.items():
+        assert torch.equal(fresh.output_scale.tables[name], table), name
     assert torch.equal(output(fresh), output(qnn))
     load_quantized(path, fresh, quant_act=True, correct_scale=False)
     assert fresh.output_scale is None

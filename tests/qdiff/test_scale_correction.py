@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qdiff import scale_correction
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -226,3 +227,79 @@ def test_a_corrected_network_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(qnn, backend="eager", fullgraph=True)
     assert torch.equal(output(compiled), output(qnn))
+
+
+# The mean error.
+
+
+class Shifted(QuantModel):
+    """Its output, quantized, is a multiple of the full-precision one, and a map that depends on the timestep."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with self.quant_state(False, False):
+            full = self.model(x, t)
+        if not self.use_weight_quant:
+            return full
+        pixels = torch.linspace(-1, 1, full[0].numel()).view(full.shape[1:])
+        return full * 1.2 + pixels * (1 + t.view(-1, 1, 1, 1) / 100)
+
+
+def test_scale_and_mean_error_are_told_apart() -> None:
+    qnn, samples = scaled(), data()
+    qnn.__class__ = Shifted
+    scale = fit_output_scale(qnn, samples, mean=True, chunk=5)
+    for table, mean in ((scale.weights, scale.weights_mean), (scale.activations, scale.activations_mean)):
+        torch.testing.assert_close(table, torch.full_like(table, 1.2), rtol=1e-4, atol=0)
+        pixels = torch.linspace(-1, 1, mean[0].numel()).view(mean.shape[1:])
+        for t, own in zip(TIMESTEPS, mean, strict=True):
+            torch.testing.assert_close(own, pixels * (1 + t / 100), rtol=2e-3, atol=2e-3)
+    qnn.set_quant_state(True, True)
+    quantized = qnn(samples.x, samples.t)
+    with qnn.quant_state(False, False):
+        full = qnn(samples.x, samples.t)
+    torch.testing.assert_close(scale.correct(quantized, samples.t, act_quant=True), full, rtol=5e-3, atol=5e-3)
+    assert torch.equal(scale.weights_mean, scale.weights_mean.half().float())  # nothing is lost in a file
+
+
+def test_a_mean_error_of_chance_is_none() -> None:
+    """Errors without a mean leave maps far smaller than the averages of so few samples."""
+    samples = data()
+    sums = scale_correction._Sums(1, torch.device("cpu"))
+    torch.manual_seed(0)
+    full = torch.randn(24, *samples.x.shape[1:])
+    noise = 0.1 * torch.randn_like(full)
+    sums.add(torch.zeros(24, dtype=torch.long), full, full + noise, maps=True)
+    _, mean = sums.fit()
+    assert mean.square().mean() < 0.2 * noise.mean(0).square().mean()
+
+
+def test_one_sample_has_no_mean_error() -> None:
+    sums = scale_correction._Sums(1, torch.device("cpu"))
+    full = torch.randn(1, 1, 4, 4)
+    sums.add(torch.zeros(1, dtype=torch.long), full, full * 1.5 + 1, maps=True)
+    assert sums.fit()[1].count_nonzero() == 0
+
+
+def test_between_timesteps_the_map_is_too() -> None:
+    maps = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    scale = OutputScale((0, 100), (1.0, 2.0), weights_mean=maps)
+    output = torch.full((3, 1, 2, 2), 4.0)
+    corrected = scale.correct(output, torch.tensor([0.0, 50.0, 999.0]), act_quant=False)
+    assert corrected[:, 0, 0, 0].tolist() == pytest.approx([4.0, 3.5 / 1.5, 1.5])
+
+
+def test_maps_of_another_size_are_refused() -> None:
+    scale = OutputScale((0,), (1.0,), weights_mean=torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="1x2x2, not 1x4x4"):
+        scale.correct(torch.zeros(1, 1, 4, 4), torch.zeros(1), act_quant=False)
+    with pytest.raises(ValueError, match="one map for each of the 2 timesteps"):
+        OutputScale((0, 1), (1.0, 1.0), weights_mean=torch.zeros(1, 1, 2, 2))
+
+
+def test_calibration_fits_the_mean_error_when_asked() -> None:
+    qnn = wrapped(W4A8, **SMALL)
+    options = CalibrationConfig(correct_scale=True, correct_mean=True)
+    calibrate(qnn, data(), options, mode="linear")
+    assert qnn.output_scale.activations_mean.shape == (len(TIMESTEPS), *data().x.shape[1:])
+    with pytest.raises(ValueError, match="correct_mean needs correct_scale"):
+        CalibrationConfig(correct_mean=True)
