@@ -7,9 +7,9 @@ DIR holds what ``benchmarks/published_slips.py`` reads. A case is fields of :cla
 :class:`CalibrationConfig`, joined by commas; ``linear`` among them rounds to nearest. Each case is calibrated W4A8
 ``--split`` with each seed and precision, and measured with weights only and with activations, both as calibrated,
 divided by the scale fitted on the calibration set, and with the mean error subtracted as well: the output error on the
-recorded inputs, and with ``--frechet N`` the distance of N samples (100 quad steps) from the recorded noise. ``--gains``
-measures full precision with its output divided by a constant. What the file holds already is not measured again;
-``--summary`` prints means and spreads.
+recorded inputs, and with ``--frechet N`` the distance of N samples (100 quad steps) from the recorded noise.
+``--gains`` measures full precision with its output divided by a constant. What the file holds already is not measured
+again; ``--summary`` prints means and spreads.
 """
 
 from __future__ import annotations

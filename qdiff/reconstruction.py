@@ -353,7 +353,8 @@ class _Loop:
     def run(self) -> str:
         """All iterations. Returns what went wrong, empty where nothing did."""
         graphs = self.device.type == "cuda" and self.config.engine != "eager" and _Stage.serves(self.data, self.device)
-        advance = self._graphs() if graphs else self._eagerly
+        # The method holds the stage, and with it the buffers that graphs read and write, as long as they are played.
+        advance = _Stage(self).recorded(self._looks()).advance if graphs else self._eagerly
         done, started = 0, self._now()
         for stop in self._looks():
             advance(done, stop)
@@ -409,42 +410,11 @@ class _Loop:
                 self.learner.schedule.counter.fill_(k)
             self.learner.update(WORKERS.summed(gradients), k)
 
-    # On a GPU: a few iterations as one CUDA graph, played again and again.
-
-    def _graphs(self) -> Callable[[int, int], None]:
-        """Capture; afterwards the result plays iterations from one number to another."""
-        counter = self.learner.schedule.counter
-        stage = _Stage(self)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(_GRAPH_WARMUP):
-                stage.iterate(1)
-                counter.zero_()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self.learner.reset()
-        self.losses.zero_()
-
-        def capture(count: int) -> torch.cuda.CUDAGraph:
-            graph = torch.cuda.CUDAGraph()
-            with recording(graph, side):
-                stage.iterate(count)
-            return graph
-
-        def advance(start: int, stop: int) -> None:
-            for _ in range((stop - start) // _UNROLL):
-                graphs[_UNROLL].replay()
-            if rest := (stop - start) % _UNROLL:
-                graphs[rest].replay()
-
-        lengths = [stop - start for start, stop in itertools.pairwise([0, *self._looks()])]
-        counts = {_UNROLL for n in lengths if n >= _UNROLL} | {n % _UNROLL for n in lengths if n % _UNROLL}
-        graphs = {count: capture(count) for count in counts}
-        return advance
-
 
 class _Stage:
-    """The fixed buffers of captured iterations, and the iterations.
+    """On a GPU: a few iterations as one CUDA graph, played again and again, and its fixed buffers.
+
+    A graph knows addresses, not tensors: everything it was recorded with has to live as long as it is played.
 
     Where some of the unit's rows wait in host memory, the next batch is fetched while the current one is computed with.
     """
@@ -468,6 +438,7 @@ class _Stage:
 
         self.buffers = [buffers() for _ in range(2 if self.far else 1)]
         self.fetching = torch.cuda.Stream(device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
         self.scale = data.target.shape[1] / (loop.batch * self.near[-1].shape[1])
 
@@ -477,6 +448,33 @@ class _Stage:
         if any(x.device != device for x in (*data.inputs, data.target)):
             return False
         return data.tail is None or (data.tail.pinned and fused.enabled(device))
+
+    def recorded(self, looks: list[int]) -> _Stage:
+        """Record graphs that lead from each of these iterations to the next."""
+        loop, device = self.loop, self.loop.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_GRAPH_WARMUP):
+                self.iterate(1)
+                self.counter.zero_()
+        torch.cuda.current_stream(device).wait_stream(side)
+        loop.learner.reset()
+        loop.losses.zero_()
+        lengths = [stop - start for start, stop in itertools.pairwise([0, *looks])]
+        counts = {_UNROLL for n in lengths if n >= _UNROLL} | {n % _UNROLL for n in lengths if n % _UNROLL}
+        for count in counts:
+            self.graphs[count] = torch.cuda.CUDAGraph()
+            with recording(self.graphs[count], side):
+                self.iterate(count)
+        return self
+
+    def advance(self, start: int, stop: int) -> None:
+        """Play iterations from one number to another."""
+        for _ in range((stop - start) // _UNROLL):
+            self.graphs[_UNROLL].replay()
+        if rest := (stop - start) % _UNROLL:
+            self.graphs[rest].replay()
 
     def iterate(self, count: int) -> None:
         """Some iterations; no value is read back by the host, so they can be captured."""
