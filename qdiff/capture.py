@@ -7,7 +7,9 @@ quantized so far, its target from full precision (Q-Diffusion, section 3.2; BREC
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +81,20 @@ def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device
     return rows.float() if rows.is_floating_point() else rows
 
 
+@contextlib.contextmanager
+def _leaving(units: list[Unit], collectors: dict[str, Collector]) -> Iterator[None]:
+    """Inside the ``with`` block whatever leaves a unit is collected."""
+    handles = [
+        unit.module.register_forward_hook(lambda m, args, out, path=unit.path: collectors[path].add((out,)))
+        for unit in units
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Frontier:
     """The calibration set as it stands before one stage of one network, in chunks.
 
@@ -94,19 +110,17 @@ class Frontier:
         parts = zip(*(x.split(chunk) for x in inputs), strict=True)
         self._flows = [self._stored(self.unet.begin(*(x.to(device) for x in part))) for part in parts]
 
+    @property
+    def flows(self) -> Iterator[Any]:
+        """What waits before the next stage, chunk by chunk."""
+        yield from self._flows
+
     @torch.no_grad()
     def outputs(self, stage: Any, units: list[Unit], place: Callable[[Unit], Collector]) -> dict[str, Collector]:
         """Move the whole set through a stage, and return what leaves each unit, by path."""
         collectors = {unit.path: place(unit) for unit in units}
-        handles = [
-            unit.module.register_forward_hook(lambda m, args, out, path=unit.path: collectors[path].add((out,)))
-            for unit in units
-        ]
-        try:
+        with _leaving(units, collectors):
             self.advance(stage)
-        finally:
-            for handle in handles:
-                handle.remove()
         return collectors
 
     @torch.no_grad()
@@ -119,7 +133,7 @@ class Frontier:
 
         handle = unit.module.register_forward_pre_hook(stop)
         try:
-            for flow in self._flows:
+            for flow in self.flows:
                 reached = False
                 try:
                     self.unet.advance(unit.stage, self._ready(flow, unit.stage))
@@ -135,9 +149,13 @@ class Frontier:
     def advance(self, stage: Any) -> None:
         """Move the whole set through one stage."""
         for index, flow in enumerate(self._flows):
-            moved = self._ready(flow, stage)
-            self.unet.advance(stage, moved)
-            self._flows[index] = self._stored(moved)
+            self._flows[index] = self._moved(flow, stage)
+
+    def _moved(self, flow: Any, stage: Any) -> Any:
+        """A chunk behind the stage, stored."""
+        moved = self._ready(flow, stage)
+        self.unet.advance(stage, moved)
+        return self._stored(moved)
 
     def _ready(self, flow: Any, stage: Any) -> Any:
         """What the stage takes, on the device in full precision; the rest of the flow stays as it waits."""
@@ -147,6 +165,37 @@ class Frontier:
     def _stored(self, flow: Any) -> Any:
         kept: dict[int, Tensor] = {}  # a feature that leads on and waits for the way up too is stored once
         return flow.map(lambda x: kept[id(x)] if id(x) in kept else kept.setdefault(id(x), self.shelf.keep(x)))
+
+
+class RecomputedFrontier(Frontier):
+    """The same without keeping anything but the set: features are computed anew whenever they are asked for.
+
+    They are rounded between stages as those that are kept are, so that both come to the same numbers.
+    """
+
+    def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], **options: Any):
+        super().__init__(qnn, inputs, **options)
+        self._flows = [flow.map(Tensor.cpu) for flow in self._flows]
+        self._passed: list[Any] = []
+
+    @property
+    def flows(self) -> Iterator[Any]:
+        for start in self._flows:
+            flow = start
+            for stage in self._passed:
+                flow = self._moved(flow, stage)
+            yield flow
+
+    def outputs(self, stage: Any, units: list[Unit], place: Callable[[Unit], Collector]) -> dict[str, Collector]:
+        collectors = {unit.path: place(unit) for unit in units}
+        with _leaving(units, collectors), torch.no_grad():
+            for flow in self.flows:
+                self._moved(flow, stage)
+        self._passed.append(stage)
+        return collectors
+
+    def advance(self, stage: Any) -> None:
+        self._passed.append(stage)
 
 
 class _Reached(Exception):  # noqa: N818 - nothing went wrong
@@ -182,11 +231,34 @@ class PairedCapture:
         if self.device.type == "cuda":  # the layout that tensor cores read; every layer keeps it
             inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
         sizes = measure(qnn, tuple(x[:1].to(self.device) for x in inputs), compact=compact)
-        self.memory = MemoryPlan.make(sizes, len(inputs[0]), budget, self.device, chunk=chunk, compact=compact)
+        self.memory = MemoryPlan.make(
+            sizes,
+            len(inputs[0]),
+            budget,
+            self.device,
+            chunk=chunk,
+            compact=compact,
+            seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
+        )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
         options = {"chunk": self.memory.chunk, "device": self.device}
-        self._quantized, self._full = (Frontier(qnn, inputs, shelf=self.memory.shelf(), **options) for _ in range(2))
+        kind = RecomputedFrontier if self.memory.features == "nowhere" else Frontier
+        self._quantized, self._full = (kind(qnn, inputs, shelf=self.memory.shelf(), **options) for _ in range(2))
         self._full_is_ahead = False
+
+    @torch.no_grad()
+    def _seconds_of_pass(self, inputs: tuple[Tensor, ...]) -> float:
+        """How long these samples take through the network as it is quantized in this phase."""
+        inputs = tuple(x.to(self.device) for x in inputs)
+        taken = []
+        for _ in range(2):  # the first one loads what it needs
+            started = time.perf_counter()
+            with self.qnn.quant_state(True, self.act_quant):
+                self.qnn(*inputs)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            taken.append(time.perf_counter() - started)
+        return min(taken)
 
     def stages(self) -> Iterator[Any]:
         """Every stage with units in it, in order; the capture moves on when the next one is asked for."""

@@ -2,17 +2,20 @@
 
 Two things are large. *Features*: the calibration set as it stands before the next stage, of both networks. *A unit's
 data*: its inputs and targets, of which every iteration takes a batch. A :class:`MemoryPlan` places the features as
-near as a budget allows, and of each unit's data as many rows on the GPU as fit; the rest lie in pinned host memory,
-which the GPU reads by itself while it computes, or in files mapped into memory.
+near as a budget allows, or nowhere: where neither the GPU nor the host has room, they are computed anew from the set
+whenever they are wanted, if that is quicker than a file. Of each unit's data as many rows stay on the GPU as fit; the
+rest lie in pinned host memory, which the GPU reads by itself while it computes, or in files mapped into memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +26,14 @@ from torch import Tensor
 from qdiff import fused
 from qdiff.quant_model import QuantModel
 
-Place = Literal["gpu", "host", "disk"]
+Place = Literal["gpu", "host", "disk", "nowhere"]
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.6  # of what is free, where no budget is given
 GIB = 2**30
 _WORKING_COPIES = 6  # of a chunk's largest feature, in float32, that a forward pass holds at once
 _SMALLEST_CHUNK, _LARGEST_BATCH = 16, 64
+_FILE_BYTES_PER_SECOND = 1e9  # what a file may be expected to take and give
+_TRAVELLED = 5  # how many times the largest features' bytes are written and read again in one phase, roughly
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +131,12 @@ class MemoryPlan:
         *,
         chunk: int,
         compact: bool,
+        seconds_of_pass: Callable[[int], float] = lambda chunk: math.inf,
     ) -> MemoryPlan:
         """Fit a calibration into a budget.
+
+        Args:
+            seconds_of_pass: how long so many samples take through the network; asked only where it decides.
 
         Raises:
             BudgetError: the GPU's part is too small even with all data elsewhere.
@@ -146,6 +155,10 @@ class MemoryPlan:
             place = "host"
         else:
             place = "disk"
+            passes = len(sizes.units) * math.ceil(rows / chunk)  # half of one a unit, for each of the two networks
+            if passes * seconds_of_pass(chunk) < _TRAVELLED * features / _FILE_BYTES_PER_SECOND:
+                place = "nowhere"
+                gpu = max(0, gpu - chunk * sizes.features * (2 if compact else 1))
         return cls(
             rows=rows,
             chunk=min(chunk, rows),
@@ -160,9 +173,15 @@ class MemoryPlan:
         )
 
     def __str__(self) -> str:
-        where = {"gpu": "on the GPU", "host": "in host memory", "disk": "in files"}[self.features]
+        where = {
+            "gpu": "on the GPU",
+            "host": "in host memory",
+            "disk": "in files",
+            "nowhere": "computed anew for each unit",
+        }[self.features]
         near = [self.gpu_rows(path) for path in self.sizes.units]
-        parts = [f"{self.feature_bytes / GIB:.2f} GiB of features {where}, {self.chunk} samples at once"]
+        size = "features" if self.features == "nowhere" else f"{self.feature_bytes / GIB:.2f} GiB of features"
+        parts = [f"{size} {where}, {self.chunk} samples at once"]
         largest = self.rows * max(self.sizes.units.values()) / GIB
         if self.on_gpu:
             resident = sum(rows == self.rows for rows in near)
@@ -273,7 +292,7 @@ class Shelf:
     def keep(self, x: Tensor) -> Tensor:
         """``x`` where it shall wait; itself where it is there already."""
         x = packed(x) if self.compact else x
-        if self.place == "gpu" or (x.device.type == "cpu" and (self.place == "host" or _is_mapped(x))):
+        if self.place in ("gpu", "nowhere") or (x.device.type == "cpu" and (self.place == "host" or _is_mapped(x))):
             return x
         if self.place == "host":
             return x.cpu()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qdiff.calibrate import find_act_ranges
-from qdiff.capture import Frontier, PairedCapture, UnitData
+from qdiff.capture import Frontier, PairedCapture, RecomputedFrontier, UnitData
 from qdiff.config import QuantConfig
 from qdiff.graphs import holding_garbage
 from qdiff.memory import Collector, Shelf
@@ -185,6 +185,27 @@ def test_rows_of_a_tail_follow() -> None:
         inputs, target = data.rows(torch.tensor(index), torch.device("cpu"))
         for got, expected in zip((*inputs, target), whole, strict=True):
             assert torch.equal(got, expected[index])
+
+
+def test_what_is_computed_anew_is_what_was_kept() -> None:
+    """To the bit, in half precision too, on both sides of a unit."""
+    qnn = with_grids(QuantConfig(4, split=True))
+    inputs = noisy_inputs(5)
+    options = {"chunk": 2, "device": torch.device("cpu"), "shelf": Shelf("gpu", compact=True)}
+    kept, anew = Frontier(qnn, inputs, **options), RecomputedFrontier(qnn, inputs, **options)
+
+    def found(collector: Collector) -> list[Tensor]:
+        return [*collector.parts()[0]]
+
+    for stage in qnn.model.stages():
+        units = qnn.units_of(stage)
+        for unit in units:
+            pairs = zip(*(found(f.inputs(unit, Collector(5, 5, compact=False))) for f in (kept, anew)), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+        outputs = [f.outputs(stage, units, lambda unit: Collector(5, 5, compact=False)) for f in (kept, anew)]
+        for unit in units:
+            pairs = zip(*(found(out[unit.path]) for out in outputs), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_data_go_with_their_unit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -147,17 +148,29 @@ def test_missing_rows_are_noticed() -> None:
 # The result does not depend on it.
 
 
-def test_a_budget_changes_nothing_but_the_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+PLACES = {
+    "host memory": (None, 1e9),
+    "files": (MemoryBudget(host_bytes=1000), 1e9),
+    "computed anew": (MemoryBudget(host_bytes=1000), 1.0),  # where files are slow
+}
+
+
+def test_a_budget_changes_nothing_but_the_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
-    for budget in (None, MemoryBudget(host_bytes=1000, folder=tmp_path)):
+    for place, (budget, rate) in PLACES.items():
+        monkeypatch.setattr("qdiff.memory._FILE_BYTES_PER_SECOND", rate)
+        budget = budget and dataclasses.replace(budget, folder=tmp_path)
         qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True))
         with caplog.at_level("INFO", "qdiff"):
             calibrate(qnn, calibration_set(6), CalibrationConfig(iters=3, iters_a=3, batch_size=4), budget=budget)
+        assert place in caplog.text
+        caplog.clear()
         results.append(qnn.state_dict())
-    assert "features in host memory" in caplog.text
-    assert "features in files" in caplog.text
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 @pytest.mark.gpu
