@@ -61,6 +61,10 @@ class OutputScale(nn.Module):
         """All that is there, by the names of the arguments."""
         return dict(self.named_buffers())
 
+    def without_means(self) -> OutputScale:
+        """The same with the scale alone."""
+        return OutputScale(self.timesteps, self.weights, self.activations)
+
     def at(self, t: Tensor, *, act_quant: bool) -> Tensor:
         """s of each timestep, N -> N. Nothing is read back from the device.
 

@@ -106,12 +106,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     say(
         "4. The same weights, activations with the options beside the published defaults: asymmetric ranges for each "
-        "timestep, the noisy image as two tensors, the output's scale divided out"
+        "timestep, the noisy image as two tensors, scale and mean error of the output corrected"
     )
     command(
         sample_ddim.main,
         f"sample_diffusion_ddim.py --config {config_file} --use_pretrained {sampler} --ptq --quant_act --act_bit 8 "
-        f"--resume_w --cali_ckpt {quoted(packed)} --timed_ranges all --split_input --correct_scale "
+        f"--resume_w --cali_ckpt {quoted(packed)} --timed_ranges all --split_input --correct_scale --correct_mean "
         f"--cali_data_path {data} --cali_st {TIMESTEPS} --cali_n {SAMPLES_A_STEP} --cali_batch_size {BATCH} "
         f"--cali_iters_a {args.iters_a} --max_images 0 -l {quoted(args.out / 'options')}",
     )

@@ -148,7 +148,8 @@ class Row:
         table: heading under which it stands.
         recipe: None is full precision.
         quant_act: use the activation quantizers of the checkpoint.
-        scaled: divide the output by the scale that was fitted with every calibration.
+        correction: of the output, fitted with every calibration: none, its scale divided out (``scaled``), or its mean
+            error subtracted as well (``corrected``).
         timesteps, eta: of the sampler. Calibration is always on the 100-step trajectory.
     """
 
@@ -157,7 +158,7 @@ class Row:
     quant_act: bool = True
     timesteps: int = 100
     eta: float = 0.0
-    scaled: bool = False
+    correction: str = ""
 
     @property
     def name(self) -> str:
@@ -167,13 +168,13 @@ class Row:
             words = [self.recipe.name if self.quant_act else self.recipe.name.replace(bits, f"a{FULL}", 1)]
         words += [] if self.timesteps == Row.timesteps else [f"{self.timesteps}steps"]
         words += [] if self.eta == Row.eta else [f"eta{self.eta:g}"]
-        words += ["scaled"] if self.scaled else []
+        words += [self.correction] if self.correction else []
         return "-".join(words)
 
 
 MAIN, RATE, NO_SPLIT = "Bits", "Higher rate of rounding", "Without split shortcuts"
 STEPS, SAMPLER = "Timesteps in the calibration set", "Sampler"
-SCALE, OPTIONS = "With the output's scale divided out", "Other activation ranges"
+CORRECTED, OPTIONS = "With the output corrected", "Other activation ranges"
 MODES = ("linear", "qdiff")
 
 
@@ -190,9 +191,9 @@ def sampler_rows(timesteps: int, eta: float) -> list[Row]:
 
 
 def option_rows(**quant: Any) -> list[Row]:
-    """W4A8 with other activation quantizers, from the whole set, without and with the scale."""
+    """W4A8 with other activation quantizers, from the whole set, without and with the output corrected."""
     recipes = [Recipe(mode, 4, a_sym=False, quant=quant, calibration={"range_samples": None}) for mode in MODES]
-    return [Row(OPTIONS, recipe, scaled=scaled) for recipe in recipes for scaled in (False, True)]
+    return [Row(OPTIONS, recipe, correction=correction) for recipe in recipes for correction in ("", "corrected")]
 
 
 def rate_rows() -> list[Row]:
@@ -205,9 +206,10 @@ def rate_rows() -> list[Row]:
         Row(RATE, published, quant_act=False),
         Row(RATE, published),
         Row(RATE, four),
-        Row(RATE, four, scaled=True),
-        Row(RATE, four, quant_act=False, scaled=True),
-        Row(RATE, eight),
+        Row(RATE, four, correction="scaled"),
+        Row(RATE, four, correction="corrected"),
+        Row(RATE, four, quant_act=False, correction="corrected"),
+        Row(RATE, eight, correction="corrected"),
     ]
 
 
@@ -224,8 +226,13 @@ ROWS: tuple[Row, ...] = (
         if (timesteps, eta) != (Row.timesteps, Row.eta)
         for row in sampler_rows(timesteps, eta)
     ),
-    *(Row(SCALE, Recipe(mode, 4), quant_act=act, scaled=True) for mode in MODES for act in (False, True)),
-    *(Row(SCALE, Recipe(mode, 8), scaled=True) for mode in MODES),
+    *(
+        Row(CORRECTED, Recipe(mode, 4), quant_act=act, correction=correction)
+        for mode in MODES
+        for act in (False, True)
+        for correction in ("scaled", "corrected")
+    ),
+    *(Row(CORRECTED, Recipe(mode, 8), correction="corrected") for mode in MODES),
     *option_rows(),
     *option_rows(timed_ranges="all"),
     *option_rows(split_input=True),
@@ -449,8 +456,10 @@ class Study:
             return model, 4 * sum(p.numel() for p in model.parameters())
         path = self.checkpoint(row.recipe)
         model = from_packed(path, self.config, quant_act=row.quant_act).to(self.device)
-        if not row.scaled:
+        if not row.correction:
             model.output_scale = None
+        elif row.correction == "scaled":
+            model.output_scale = model.output_scale.without_means()
         return model, path.stat().st_size
 
     @property
@@ -512,7 +521,8 @@ class Study:
             iters_a=self.args.iters_a,
             seed=self.args.cali_seed,
             precision=self.args.cali_precision,
-            correct_scale=weights is not None,  # rows choose whether to divide by it
+            correct_scale=weights is not None,  # rows choose whether to use it
+            correct_mean=weights is not None,
             **recipe.calibration,
         )
         started = time.perf_counter()

@@ -121,7 +121,7 @@ def test_shared_weights_change_nothing(quick: tuple, tmp_path: Path, options: di
 
     data = load_calibration_set(study.calibration_set(2), cali_st=2, cali_n=2, image_shape=study.image_shape)
     model = QuantModel.from_config(full_precision(study.config), recipe.quant_config().at_timesteps(data.t.tolist()))
-    calibrate(model, data, CalibrationConfig(iters=5, iters_a=5, correct_scale=True, **rate))
+    calibrate(model, data, CalibrationConfig(iters=5, iters_a=5, correct_scale=True, correct_mean=True, **rate))
     info = {"model_config": study.config.to_dict(), "calibration": {"quant_mode": "qdiff"}}
     assert packed_bytes(model, info=info) == made
 
