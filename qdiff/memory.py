@@ -33,7 +33,7 @@ GIB = 2**30
 _WORKING_COPIES = 6  # of a chunk's largest feature, in float32, that a forward pass holds at once
 _SMALLEST_CHUNK, _LARGEST_BATCH = 16, 64
 _FILE_BYTES_PER_SECOND = 1e9  # what a file may be expected to take and give
-_TRAVELLED = 5  # how many times the largest features' bytes are written and read again in one phase, roughly
+_TRAVELLED = 6  # times the largest features' bytes: what one phase writes and reads again, roughly
 
 log = logging.getLogger(__name__)
 
