@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from ddim.config import PixelConfig, load_config
 from ddim.unet import UNet
 from qdiff.calibration_data import load_calibration_set
@@ -31,8 +33,8 @@ from qdiff.scale_correction import FIT_CHUNK, fit_output_scale
 PROGRAM = "correct_scale.py"
 DESCRIPTION = (
     "Measure by which factor a calibrated network's output is too large at each timestep of a calibration set, and "
-    "write a packed checkpoint that records it. Sampling from that file divides by it. A calibration with "
-    "--correct_scale does the same at its end."
+    "write a packed checkpoint that records it. Sampling from that file divides by it. With --correct_mean its mean "
+    "error is measured too, and subtracted. A calibration with these flags does the same at its end."
 )
 EXAMPLES = """\
 examples:
@@ -116,9 +118,19 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
     print(f"{args.out}: written; sample from it with --ptq --resume --cali_ckpt {args.out}")
 
 
+def _rms(maps: Tensor | None) -> Tensor | None:
+    """K x C x H x W -> K."""
+    return None if maps is None else maps.square().flatten(1).mean(1).sqrt()
+
+
 def scale_table(scale: OutputScale) -> str:
-    """One line a timestep: by which factor the output was too large."""
-    tables = {"weights": scale.weights, "weights and activations": scale.activations}
+    """One line a timestep: by which factor the output was too large, and how large its mean error is (rms)."""
+    tables = {
+        "weights": scale.weights,
+        "mean error": _rms(scale.weights_mean),
+        "weights and activations": scale.activations,
+        "their mean error": _rms(scale.activations_mean),
+    }
     columns = {name: table.tolist() for name, table in tables.items() if table is not None}
     header = f"{'timestep':>9}" + "".join(f"  {name}" for name in columns)
     lines = [header]
