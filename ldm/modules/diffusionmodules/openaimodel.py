@@ -304,9 +304,7 @@ class UNetModel(nn.Module):
         if context is not None and self.context_dim is None:
             raise ValueError("this network is unconditional: it takes no context")
         if context is not None and context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"the context's tokens are {context.shape[-1]} wide; this network's are {self.context_dim}"
-            )
+            raise ValueError(f"context tokens are {context.shape[-1]} wide; this network takes {self.context_dim}")
         return Flow(h=x, t=t, context=context)
 
     def advance(self, stage: Stage, flow: Flow) -> None:
