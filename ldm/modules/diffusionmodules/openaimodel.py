@@ -176,8 +176,7 @@ class UNetModel(nn.Module):
         use_new_attention_order: see ``heads_inside`` of :class:`~ldm.modules.attention.AttentionBlock`.
         use_spatial_transformer: attention is a :class:`~ldm.modules.attention.SpatialTransformer` of
             ``transformer_depth`` blocks, and the network takes a context of width ``context_dim``.
-        use_checkpoint: accepted; the forward pass keeps all activations. It is reconstruction that trades them for
-            time, where it has to.
+        use_checkpoint: accepted without effect: a forward pass keeps all activations that gradients need.
         legacy: accepted; it decided between two ways of computing head widths, which agree for every configuration
             that is not refused here.
         dims, num_classes, use_fp16, n_embed: accepted at their defaults only: feature maps have two axes, classes
