@@ -120,14 +120,21 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def source_hashes(qnn: QuantModel) -> dict[str, str]:
-    """The code that decides what is learned, file by file: this package, its adapters, the UNet."""
+    """The code that decides what is learned, file by file: this package, its adapters, the UNet and its blocks."""
     package = Path(__file__).parent
     files = [path for path in package.glob("*.py") if path.name not in _UNDECIDING_SOURCES]
     files += package.glob("adapters/*.py")
-    unet = Path(sys.modules[type(qnn.model).__module__].__file__)
     named = {f"qdiff/{path.relative_to(package).as_posix()}": path for path in files}
-    named[f"{unet.parent.name}/{unet.name}"] = unet
+    for name in _modules_of(qnn.model):
+        named[f"{name.replace('.', '/')}.py"] = Path(sys.modules[name].__file__)
     return {name: hashlib.sha256(named[name].read_bytes()).hexdigest() for name in sorted(named)}
+
+
+def _modules_of(unet: nn.Module) -> set[str]:
+    """Names of the modules, of the UNet's own package, in which its classes are written; wrapped blocks included."""
+    package = type(unet).__module__.partition(".")[0]
+    classes = {cls.__module__ for module in unet.modules() for cls in type(module).__mro__}
+    return {name for name in classes if name.partition(".")[0] == package}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdiff import fused
 from qdiff.capture import UnitData
@@ -294,8 +295,10 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
     cudnn.deterministic = config.deterministic
     kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
     half = config.precision == "bf16" and config.engine != "eager"
+    # The gradients of fused attention are added up in whatever order they come.
+    attention = sdpa_kernel(SDPBackend.MATH) if config.deterministic else contextlib.nullcontext()
     try:
-        with kernels, torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+        with kernels, attention, torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before

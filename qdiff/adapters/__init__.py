@@ -22,7 +22,8 @@ class Adapter:
         family: short name, recorded in checkpoints.
         blocks: full-precision block class -> its quantized class.
         shortcuts: yields ``(path, decoder channels)`` of every layer over a concatenation that ``--split`` cuts.
-        finish_block: adds a quantized block's own quantizers, given the quantization asked for.
+        finish_block: adds a quantized block's own quantizers, given the quantization asked for; called for blocks
+            inside blocks too.
         inputs: yields the paths of the layers that see the noisy image itself, and nothing else.
         time_embedding: paths of the modules that embed the timestep, which compute in float32 at any precision.
     """
@@ -42,8 +43,9 @@ def find_adapter(unet: nn.Module) -> Adapter:
         TypeError: no family claims the class.
     """
     from qdiff.adapters.ddim import ADAPTER as DDIM
+    from qdiff.adapters.ldm import ADAPTER as LDM
 
-    known = {"ddim.unet.UNet": DDIM}
+    known = {"ddim.unet.UNet": DDIM, "ldm.modules.diffusionmodules.openaimodel.UNetModel": LDM}
     for cls in type(unet).__mro__:
         adapter = known.get(f"{cls.__module__}.{cls.__qualname__}")
         if adapter is not None:

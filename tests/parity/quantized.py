@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff.checkpoint import load_quantized
 from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
 
 from .conftest import golden_json, golden_keys, golden_root, golden_tensors
-from .test_unet_full_precision import unet_from_golden
+from .test_unet_full_precision import BUILDERS
 
 _NOTHING = pytest.mark.skip(reason=f"nothing of this kind in {golden_root()}")
 NONE_OF_TWO = pytest.param(None, None, marks=_NOTHING)
 NONE_OF_THREE = pytest.param(None, None, None, marks=_NOTHING)
-
-# What makes a family's miniature from its stored config. A family that is not here yet has its cases skipped.
-FAMILIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"ddim": unet_from_golden}
 
 WITH_ACTIVATIONS_END_TO_END = 0.1  # a rounding edge that falls the other way spreads; the units are the real check
 WITHOUT_ACTIVATIONS = 1e-4
@@ -56,10 +52,8 @@ def variants_with(tensor: str) -> list[tuple[str, str]]:
 
 
 def case(folder: str, *values: Any) -> Any:
-    """A pytest parameter, skipped where nothing builds the folder's family yet."""
-    known = family_of(folder) in FAMILIES
-    marks = [] if known else [pytest.mark.skip(reason=f"the family {family_of(folder)} has no adapter yet")]
-    return pytest.param(folder, *values, marks=marks, id="-".join([folder, *map(str, values)]))
+    """A pytest parameter."""
+    return pytest.param(folder, *values, id="-".join([folder, *map(str, values)]))
 
 
 def quant_config(variant: dict[str, Any]) -> QuantConfig:
@@ -94,7 +88,7 @@ def network_inputs(folder: str, prefix: str = "input.") -> tuple[Tensor, ...]:
 
 def wrapped(folder: str, variant: str) -> tuple[QuantModel, bool]:
     """The miniature with its stored weights, wrapped as the variant says, and whether all its weights are stored."""
-    network = FAMILIES[family_of(folder)](golden_json(f"unets/{folder}/model.json")["config"]).eval()
+    network = BUILDERS[family_of(folder)](golden_json(f"unets/{folder}/model.json")["config"]).eval()
     weights = stored_weights(folder)
     missing, unexpected = network.load_state_dict(weights, strict=False)
     assert not unexpected

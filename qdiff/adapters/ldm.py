@@ -1,0 +1,117 @@
+"""The latent UNets of :mod:`ldm`: attention over heads, and transformers with a context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ldm.modules.attention import AttentionBlock, CrossAttention, TransformerBlock
+from ldm.modules.diffusionmodules.openaimodel import ResBlock
+from qdiff import fused
+from qdiff.adapters import Adapter
+from qdiff.config import QuantConfig, QuantizerConfig
+from qdiff.quant_block import BaseQuantBlock
+from qdiff.quantizers import UniformAffineQuantizer
+
+
+class QuantResBlock(BaseQuantBlock, ResBlock):
+    """A residual block: only its layers are quantized."""
+
+    kind = "residual block"
+
+    def normalised(self, norm: nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+        return fused.group_norm(norm, x, silu=silu)
+
+
+class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
+    """Attention over heads with quantized q, k, v and softmax map.
+
+    q and k are quantized after each was multiplied by K^(-1/4), K the channels of a head. The published names put the
+    quantizers below the two products that they belong to.
+    """
+
+    kind = "attention block"
+
+    def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
+        products = {"qkv_matmul": {"q": act, "k": act}, "smv_matmul": {"v": act, "w": softmax}}
+        self.attention = nn.ModuleDict(
+            {product: nn.ModuleDict(_act_quantizers(configs)) for product, configs in products.items()}
+        )
+
+    def block_act_quantizers(self) -> list[UniformAffineQuantizer]:
+        return [quantizer for product in self.attention.values() for quantizer in product.values()]
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return fused.group_norm(self.norm, x, silu=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.use_act_quant:
+            return super().attend(q, k, v)
+        scores, sums = self.attention["qkv_matmul"], self.attention["smv_matmul"]
+        scale = q.shape[2] ** -0.25
+        q, k = scores["act_quantizer_q"](q * scale), scores["act_quantizer_k"](k * scale)  # N, A, K, P
+        weights = sums["act_quantizer_w"]((q.transpose(2, 3) @ k).softmax(dim=3))  # N, A, P (of q), P (of k)
+        return sums["act_quantizer_v"](v) @ weights.transpose(2, 3)
+
+
+class QuantCrossAttention(BaseQuantBlock, CrossAttention):
+    """A transformer's attention with quantized q, k, v and softmax map. q and k are quantized before they are scaled.
+
+    It belongs to the unit of its transformer block.
+    """
+
+    kind = "attention"
+
+    def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
+        for name, quantizer in _act_quantizers({"q": act, "k": act, "v": act, "w": softmax}).items():
+            setattr(self, name, quantizer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.use_act_quant:
+            return super().attend(q, k, v)
+        q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
+        weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
+        return self.act_quantizer_w(weights) @ v
+
+
+class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):
+    """A transformer block: its layers are quantized, and the products of both its attentions."""
+
+    kind = "transformer block"
+
+
+def _act_quantizers(configs: dict[str, QuantizerConfig]) -> dict[str, UniformAffineQuantizer]:
+    return {f"act_quantizer_{name}": UniformAffineQuantizer.from_config(config) for name, config in configs.items()}
+
+
+def _shortcuts(unet: nn.Module) -> Iterator[tuple[str, int]]:
+    for path, module in unet.named_modules():
+        if isinstance(module, ResBlock) and module.skip_channels and isinstance(module.skip_connection, nn.Conv2d):
+            yield f"{path}.skip_connection", module.in_channels - module.skip_channels
+
+
+def _finish_block(block: BaseQuantBlock, config: QuantConfig) -> None:
+    if isinstance(block, QuantAttentionBlock | QuantCrossAttention):
+        # Nothing in a softmax map is negative: its grid is unsigned from zero, with --a_sym too.
+        softmax = QuantizerConfig(config.sm_abit, scale_method=config.act_range, leaf_param=True, always_zero=True)
+        block.add_quantizers(config.act, softmax)
+
+
+def _inputs(unet: nn.Module) -> Iterator[str]:
+    yield "input_blocks.0.0"
+
+
+ADAPTER = Adapter(
+    family="ldm",
+    blocks={
+        ResBlock: QuantResBlock,
+        AttentionBlock: QuantAttentionBlock,
+        CrossAttention: QuantCrossAttention,
+        TransformerBlock: QuantTransformerBlock,
+    },
+    shortcuts=_shortcuts,
+    finish_block=_finish_block,
+    inputs=_inputs,
+    time_embedding=("time_embed",),
+)

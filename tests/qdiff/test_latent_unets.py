@@ -1,0 +1,298 @@
+"""The latent UNets quantized: what is quantized where, in which units, and the whole way through a calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.attention import AttentionBlock, CrossAttention
+from qdiff.act_ranges import find_act_ranges, update_running_ranges
+from qdiff.calibrate import calibrate
+from qdiff.calibration_data import CalibrationSet
+from qdiff.capture import PairedCapture
+from qdiff.checkpoint import load_quantized, save_packed, save_published
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.inference import lower_precision
+from qdiff.progress import source_hashes
+from qdiff.quant_layer import QUANTIZABLE, SplitQuantModule
+from qdiff.quant_model import QuantModel
+from qdiff.quantizers import TimedQuantizer, UniformAffineQuantizer
+
+from ..ldm.unets import KINDS, latent_inputs, tiny_latent_unet
+from .test_capture import assert_same, observed
+
+W4A8 = QuantConfig(weight_bit=4, act_bit=8, quant_act=True, split=True, weight_range="mse", act_range="mse")
+SHORT = CalibrationConfig(iters=30, iters_a=15, batch_size=8, weight_lr=1e-2, range_samples=8, range_order="first")
+SAMPLES = 16
+
+
+def wrapped(kind: str, config: QuantConfig = W4A8) -> QuantModel:
+    return QuantModel.from_config(tiny_latent_unet(kind).eval(), config)
+
+
+def with_grids(kind: str, config: QuantConfig = W4A8) -> QuantModel:
+    """Every grid set, rounding to nearest, quantization on."""
+    qnn = wrapped(kind, dataclasses.replace(config, weight_range="max", act_range="max"))
+    qnn.find_weight_grids()
+    find_act_ranges(qnn, latent_inputs(kind, 4, seed=1))
+    qnn.set_quant_state(True, True)
+    return qnn
+
+
+def products(unet: nn.Module) -> set[str]:
+    """Paths of the quantizers that attention must have, by its kind."""
+    names = set()
+    for path, module in unet.named_modules():
+        if isinstance(module, AttentionBlock):
+            names |= {f"{path}.attention.qkv_matmul.act_quantizer_{name}" for name in "qk"}
+            names |= {f"{path}.attention.smv_matmul.act_quantizer_{name}" for name in "vw"}
+        elif isinstance(module, CrossAttention):
+            names |= {f"{path}.act_quantizer_{name}" for name in "qkvw"}
+    return names
+
+
+def softmax_quantizers(qnn: QuantModel) -> list[UniformAffineQuantizer]:
+    return [quantizer for path, quantizer in qnn.act_quantizers().items() if path.endswith("act_quantizer_w")]
+
+
+# What is quantized.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_and_attention_product_is_quantized(kind: str) -> None:
+    unet = tiny_latent_unet(kind)
+    layers = {path for path, module in unet.named_modules() if isinstance(module, QUANTIZABLE)}
+    expected = products(unet) | {f"{path}.act_quantizer" for path in layers}
+    qnn = wrapped(kind)
+    assert set(qnn.layers()) == layers
+    halves = {f"{path}.act_quantizer_0" for path, m in qnn.layers().items() if isinstance(m, SplitQuantModule)}
+    assert halves
+    assert set(qnn.act_quantizers()) == expected | halves
+    belonging = [id(quantizer) for unit in qnn.units() for quantizer in unit.act_quantizers()]
+    assert sorted(belonging) == sorted(map(id, qnn.act_quantizers().values()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_precision_is_unchanged_bit_for_bit(kind: str) -> None:
+    inputs = latent_inputs(kind, 3)
+    with torch.no_grad():
+        expected = tiny_latent_unet(kind).eval()(*inputs)
+        assert torch.equal(wrapped(kind)(*inputs), expected)
+        qnn = with_grids(kind)
+        assert not torch.allclose(qnn(*inputs), expected, atol=1e-3)
+        qnn.set_quant_state(False, False)
+        assert torch.equal(qnn(*inputs), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_shortcuts_of_the_way_up_are_split_where_the_decoders_feature_ends(kind: str) -> None:
+    qnn = wrapped(kind)
+    split = {path: layer for path, layer in qnn.layers().items() if isinstance(layer, SplitQuantModule)}
+    assert set(split) == {f"output_blocks.{i}.0.skip_connection" for i in range(4)}
+    assert "input_blocks.3.0.skip_connection" in qnn.layers()
+    flow = qnn.model.begin(*latent_inputs(kind, 1))
+    with torch.no_grad():
+        for stage in qnn.model.stages():
+            if stage.joins:
+                assert split.pop(f"{stage.path}.skip_connection").split_channels == flow.h.shape[1]
+            qnn.model.advance(stage, flow)
+    assert split == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("a_sym", "sm_abit"), [(False, 8), (True, 8), (True, 16)])
+def test_softmax_maps_are_unsigned_from_zero(kind: str, a_sym: bool, sm_abit: int) -> None:
+    qnn = with_grids(kind, dataclasses.replace(W4A8, a_sym=a_sym, sm_abit=sm_abit))
+    maps = softmax_quantizers(qnn)
+    assert len(maps) == (8 if kind == "transformer" else 4)
+    for quantizer in maps:
+        assert quantizer.bounds == (0, 2**sm_abit - 1)
+        assert quantizer.zero_point == 0
+    others = set(qnn.act_quantizers().values()) - set(maps)
+    assert {quantizer.config.n_bits for quantizer in others} == {8}
+    assert {quantizer.config.symmetric for quantizer in others} == {a_sym}
+
+
+def reaching(qnn: QuantModel, inputs: tuple[Tensor, ...], *paths: str) -> list[Tensor]:
+    """What the modules at these paths take (a quantizer) or put out (a layer)."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Any:
+        quantizer = "act_quantizer" in path
+        return lambda module, args, output: seen.update({path: args[0] if quantizer else output})
+
+    handles = [qnn.model.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
+    with torch.no_grad():
+        qnn(*inputs)
+    for handle in handles:
+        handle.remove()
+    return [seen[path] for path in paths]
+
+
+def test_attention_over_heads_quantizes_q_and_k_after_scaling() -> None:
+    qnn, inputs = with_grids("head_channels"), latent_inputs("head_channels", 2)
+    names = ("qkv", "attention.qkv_matmul.act_quantizer_q", "attention.qkv_matmul.act_quantizer_k")
+    names += ("attention.smv_matmul.act_quantizer_v", "attention.smv_matmul.act_quantizer_w")
+    qkv, *taken, weights = reaching(qnn, inputs, *(f"middle_block.1.{name}" for name in names))
+    for made, x, scale in zip(qkv.unflatten(1, (4, 3, 16)).unbind(2), taken, (0.5, 0.5, 1), strict=True):
+        assert torch.equal(x, made * scale)  # 16^(-1/4) = 1/2
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 16))
+
+
+@pytest.mark.parametrize("attention", ["attn1", "attn2"])
+def test_transformers_quantize_q_and_k_before_scaling(attention: str) -> None:
+    qnn, inputs = with_grids("transformer"), latent_inputs("transformer", 2)
+    block = f"middle_block.1.transformer_blocks.0.{attention}"
+    layers, quantizers = [f"to_{name}" for name in "qkv"], [f"act_quantizer_{name}" for name in "qkvw"]
+    tensors = reaching(qnn, inputs, *(f"{block}.{name}" for name in layers + quantizers))
+    for made, x in zip(tensors[:3], tensors[3:6], strict=True):
+        assert torch.equal(x.transpose(1, 2).flatten(2), made)
+    torch.testing.assert_close(tensors[6].sum(-1), torch.ones(tensors[6].shape[:3]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_quantizer_of_attention_is_at_work(kind: str) -> None:
+    """A coarser grid in any of them changes what the network puts out."""
+    qnn, inputs = with_grids(kind), latent_inputs(kind, 2)
+    with torch.no_grad():
+        before = qnn(*inputs)
+        for path in products(tiny_latent_unet(kind)):
+            quantizer = qnn.act_quantizers()[path]
+            delta, zero_point = quantizer.delta.clone(), quantizer.zero_point.clone()
+            quantizer.set_grid(delta * 7, (zero_point / 7).round())
+            assert not torch.equal(qnn(*inputs), before), path
+            quantizer.set_grid(delta, zero_point)
+        assert torch.equal(qnn(*inputs), before)
+
+
+# Units.
+
+
+def test_units_of_a_network_with_transformers() -> None:
+    units = {unit.path: unit.kind for unit in wrapped("transformer").units()}
+    assert list(units)[:4] == ["time_embed.0", "time_embed.2", "input_blocks.0.0", "input_blocks.1.0"]
+    assert [(path, kind) for path, kind in units.items() if path.startswith("input_blocks.3.")] == [
+        ("input_blocks.3.0", "residual block"),
+        ("input_blocks.3.1.proj_in", "layer"),
+        ("input_blocks.3.1.transformer_blocks.0", "transformer block"),
+        ("input_blocks.3.1.proj_out", "layer"),
+    ]
+    assert units["input_blocks.2.0.op"] == units["output_blocks.1.2.conv"] == units["out.2"] == "layer"
+
+
+def test_units_of_a_network_that_resamples_in_residual_blocks() -> None:
+    units = {unit.path: unit.kind for unit in wrapped("scale_shift").units()}
+    assert units["input_blocks.2.0"] == units["output_blocks.1.2"] == "residual block"
+    assert units["middle_block.1"] == "attention block"
+    assert set(units.values()) == {"residual block", "attention block", "layer"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_come_in_the_order_of_the_network(kind: str) -> None:
+    qnn, ran = wrapped(kind), []
+    units = [unit.module for unit in qnn.units()]
+    for module in units:
+        module.register_forward_pre_hook(lambda module, args: ran.append(module))
+    with torch.no_grad():
+        qnn(*latent_inputs(kind, 1))
+    assert units == ran
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_see_what_they_see_in_the_whole_network(kind: str) -> None:
+    """Context included, where there is one."""
+    qnn, inputs = with_grids(kind), latent_inputs(kind, 5)
+    expected = observed(qnn, inputs, 3, True, True)
+    targets_expected = observed(qnn, inputs, 3, False, False)
+    capture, paths = PairedCapture(qnn, inputs, act_quant=True, chunk=3), []
+    for stage in capture.stages():
+        targets = capture.targets(stage)
+        for unit in qnn.units_of(stage):
+            data = capture.data(unit, targets)
+            assert_same(data.inputs, expected[unit.path][0], unit.path)
+            assert torch.equal(data.target, targets_expected[unit.path][1]), unit.path
+            paths.append(unit.path)
+    assert paths == [unit.path for unit in qnn.units()]
+
+
+# Calibrating, saving, sampling.
+
+
+def calibration_set(kind: str) -> CalibrationSet:
+    return CalibrationSet(*latent_inputs(kind, SAMPLES, seed=2))
+
+
+def output_error(qnn: QuantModel, kind: str) -> float:
+    """‖quantized − full‖² / ‖full‖² on other samples."""
+    inputs = latent_inputs(kind, 8, seed=3)
+    with torch.no_grad():
+        got = qnn(*inputs)
+        with qnn.quant_state(False, False):
+            full = qnn(*inputs)
+    return float((got - full).square().sum() / full.square().sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_end_to_end(kind: str, tmp_path: Path) -> None:
+    """No unit ends worse than rounded to nearest, the network better; both file forms give the same network back."""
+    nearest, qnn = wrapped(kind), wrapped(kind)
+    calibrate(nearest, calibration_set(kind), SHORT, mode="linear")
+    reports = calibrate(qnn, calibration_set(kind), SHORT)
+    assert [report.name for report in reports] == [unit.path for unit in qnn.units()] * 2
+    assert all(report.loss_after <= report.loss_before for report in reports)
+    assert output_error(qnn, kind) < 0.9 * output_error(nearest, kind)
+
+    inputs = latent_inputs(kind, 2, seed=4)
+    with torch.no_grad():
+        expected = qnn(*inputs)
+    for name, save in (("ckpt.safetensors", save_packed), ("ckpt.pth", save_published)):
+        save(tmp_path / name, qnn)
+        resumed = wrapped(kind)
+        load_quantized(tmp_path / name, resumed, quant_act=True)
+        with torch.no_grad():
+            assert torch.equal(resumed(*inputs), expected), name
+
+
+@pytest.mark.parametrize("softmax_only", [False, True])
+def test_running_statistics_reach_the_products_of_attention(softmax_only: bool) -> None:
+    qnn = with_grids("transformer")
+    before = {path: quantizer.delta.clone() for path, quantizer in qnn.act_quantizers().items()}
+    config = CalibrationConfig(batch_size=4, running_stat=True, rs_sm_only=softmax_only)
+    update_running_ranges(qnn, latent_inputs("transformer", 8, seed=5), config)
+    moved = {path for path, quantizer in qnn.act_quantizers().items() if quantizer.delta != before[path]}
+    assert moved == {path for path in before if not softmax_only or path.endswith("act_quantizer_w")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grids_for_each_timestep(kind: str) -> None:
+    config = QuantConfig(4, 8, quant_act=True, timed_ranges="all", timesteps=(1.0, 500.0))
+    qnn, (x, _, *context) = wrapped(kind, config), latent_inputs(kind, 6)
+    qnn.find_weight_grids()
+    t = torch.tensor([1.0, 500.0]).repeat(3)
+    find_act_ranges(qnn, (x, t, *context))
+    assert all(isinstance(quantizer, TimedQuantizer) for quantizer in qnn.act_quantizers().values())
+    assert {quantizer.delta.shape for quantizer in softmax_quantizers(qnn)} == {(2,)}
+    assert output_error(qnn, kind) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_half_precision_stays_near(kind: str, quantized: bool) -> None:
+    qnn, inputs = with_grids(kind), latent_inputs(kind, 2)
+    qnn.set_quant_state(quantized, False)
+    with torch.no_grad():
+        expected = qnn(*inputs)
+        lower_precision(qnn, "bf16")
+        got = qnn(*inputs)
+    assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_calibration_depends_on_the_code_of_attention_too() -> None:
+    names = source_hashes(wrapped("transformer"))
+    unet = {"ldm/modules/attention.py", "ldm/modules/diffusionmodules/openaimodel.py"}
+    assert {name for name in names if name.startswith("ldm/")} == unet
