@@ -31,7 +31,7 @@ class ClassEmbedder(nn.Module):
         if self.key not in batch:
             raise ValueError(f"the batch has no '{self.key}', only {', '.join(batch) or 'nothing'}")
         classes = batch[self.key]
-        if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < self.n_classes):
+        if classes.numel() and (int(classes.min()) < 0 or int(classes.max()) >= self.n_classes):
             raise ValueError(f"class numbers must lie between 0 and {self.n_classes - 1}: {classes.tolist()}")
         return self.embedding(classes.to(self.embedding.weight.device))[:, None]
 
