@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.config import ConfigError
 from ddim.pretrained import describe_differences, read_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import has_ema, with_ema_weights
@@ -30,7 +31,7 @@ def build_latent_diffusion(config: Mapping[str, Any]) -> LatentDiffusion:
     """
     model = instantiate_from_config(config)
     if not isinstance(model, LatentDiffusion):
-        raise ValueError(f"model: target {config['target']} is not a latent diffusion model")
+        raise ConfigError(f"model: target {config['target']} is not a latent diffusion model")
     return model
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
@@ -97,10 +97,14 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        model = OmegaConf.to_container(config.get("model") or OmegaConf.create(), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a config: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(model, dict) or not model:
-        raise ConfigError(f"{path}: has no section 'model'")
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig) or not config.get("model"):
+            raise ConfigError(f"{path}: has no section 'model'")
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        model = OmegaConf.to_container(config.model, resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
+    if not isinstance(model, dict):
+        raise ConfigError(f"{path}: 'model' is no section but {model!r}")
     return model
