@@ -138,9 +138,10 @@ def ddpm_sample(
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, equations 6 and 7) over the visited timesteps.
 
-    The step from timestep 0 adds no noise.
+    The step from timestep 0 adds no noise. Arguments not named here, and the result, are those of :func:`ddim_sample`.
 
-    Args and result as in :func:`ddim_sample`; ``noise`` is asked at every step but those from timestep 0.
+    Args:
+        noise: asked at every step but those from timestep 0.
         variance: of each draw. ``fixedlarge`` is beta, that of the forward step it undoes; ``fixedsmall`` is that of
             the posterior, equation 7 (section 3.2 compares the two).
         clip: clamp the predicted image to [-1, 1].

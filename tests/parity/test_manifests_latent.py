@@ -68,3 +68,8 @@ def test_whole_manifest_is_consumed(family: str) -> None:
 
     file = {name: torch.empty(shape, dtype=getattr(torch, d), device="meta") for name, (shape, d) in expected.items()}
     load_state(model, file)  # reports any name that is missing or left over
+
+
+def test_config_beside_the_class_conditional_checkpoint_is_the_same() -> None:
+    beside = load_model_config(REPOSITORY / "models/ldm/cin256-v2/config.yaml")
+    assert beside == load_model_config(REPOSITORY / CONFIGS["cinv2"])

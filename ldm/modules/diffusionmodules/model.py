@@ -49,30 +49,12 @@ class _Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], dropout) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attends else 0))
 
-    def run(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
         return x
-
-
-class _DownLevel(_Level):
-    def __init__(self, *sizes: int, dropout: float, attends: bool, last: bool):
-        super().__init__(*sizes, dropout, attends)
-        self.downsample = nn.Identity() if last else Downsample(sizes[1], with_conv=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.run(x))
-
-
-class _UpLevel(_Level):
-    def __init__(self, *sizes: int, dropout: float, attends: bool, last: bool):
-        super().__init__(*sizes, dropout, attends)
-        self.upsample = nn.Identity() if last else Upsample(sizes[1], with_conv=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(self.run(x))
 
 
 class _Middle(nn.Module):
@@ -119,17 +101,13 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [ch, *(ch * multiplier for multiplier in ch_mult)]
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
-        self.down = nn.ModuleList(
-            _DownLevel(
-                widths[i],
-                widths[i + 1],
-                num_res_blocks,
-                dropout=dropout,
-                attends=resolution // 2**i in attn_resolutions,
-                last=i == len(ch_mult) - 1,
-            )
-            for i in range(len(ch_mult))
-        )
+        self.down = nn.ModuleList()
+        for i in range(len(ch_mult)):
+            attends = resolution // 2**i in attn_resolutions
+            level = _Level(widths[i], widths[i + 1], num_res_blocks, dropout, attends)
+            last = i == len(ch_mult) - 1
+            level.downsample = nn.Identity() if last else Downsample(widths[i + 1], with_conv=True)
+            self.down.append(level)
         self.mid = _Middle(widths[-1], dropout)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
@@ -137,7 +115,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)
         for level in self.down:
-            h = level(h)
+            h = level.downsample(level(h))
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -167,22 +145,17 @@ class Decoder(nn.Module):
         widths.append(widths[-1])  # the coarsest level starts from the middle, which is as wide
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1], dropout)
-        self.up = nn.ModuleList(  # numbered from full resolution, so run from the end
-            _UpLevel(
-                widths[i + 1],
-                widths[i],
-                num_res_blocks + 1,
-                dropout=dropout,
-                attends=resolution // 2**i in attn_resolutions,
-                last=i == 0,
-            )
-            for i in range(len(ch_mult))
-        )
+        self.up = nn.ModuleList()  # numbered from full resolution, so run from the end
+        for i in range(len(ch_mult)):
+            attends = resolution // 2**i in attn_resolutions
+            level = _Level(widths[i + 1], widths[i], num_res_blocks + 1, dropout, attends)
+            level.upsample = nn.Identity() if i == 0 else Upsample(widths[i], with_conv=True)
+            self.up.append(level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
         h = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
-            h = level(h)
+            h = level.upsample(level(h))
         return self.conv_out(F.silu(self.norm_out(h)))
