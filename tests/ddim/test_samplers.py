@@ -243,21 +243,20 @@ def test_ddim_ends_where_it_is_told_to():
     torch.testing.assert_close(got, at(0.9))
 
 
-@pytest.mark.parametrize(("variance", "least", "most"), [("fixedlarge", 0.99, 1.01), ("fixedsmall", 0.97, 1.0)])
-def test_ancestral_sampling_keeps_the_variance_of_the_data(variance, least, most):
-    """Section 3.2: over all timesteps both variances end near the data's, the smaller one below the larger one."""
+def test_ancestral_sampling_with_the_smaller_variance_loses_a_little():
+    """Section 3.2: beta is right for standard normal data, the posterior's variance for a single image."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 1, 300, 300, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, 1, 200, 200, generator=generator, dtype=torch.float64)
     got = ddpm_sample(
         MODEL,
         x,
         range(1000),
         ALPHA_BAR,
         noise=lambda k, like: torch.randn(like.shape, generator=generator, dtype=like.dtype),
-        variance=variance,
+        variance="fixedsmall",
         clip=False,
     )
-    assert least < float(got.std()) / STD < most
+    assert float(got.std()) / STD == pytest.approx(0.99, abs=0.006)
 
 
 def test_unknown_variance_is_named():
