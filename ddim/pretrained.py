@@ -7,7 +7,8 @@ import os
 import pickle
 import re
 import time
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
 from ddim.config import PixelConfig
@@ -28,6 +30,9 @@ FIRST_PAUSE_S = 1.0  # doubled before each further attempt
 TIMEOUT_S = (10, 60)  # to connect; between two pieces of the answer
 PIECE_BYTES = 1 << 18
 KEYS_SHOWN = 3
+
+# Packages whose classes may be named in a file beside its weights; they are replaced, never imported.
+TRAINER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
 
 
 class CheckpointUnavailable(RuntimeError):  # noqa: N818 - the state of things, not a mistake of the caller
@@ -226,7 +231,8 @@ def _reason(error: requests.RequestException) -> str:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors`` file, half precision widened to float32.
 
-    A dict that wraps it under ``state_dict`` is unwrapped. Nothing in the file is ever run.
+    A dict that wraps it under ``state_dict`` is unwrapped, and what a trainer keeps beside it is left alone. Nothing in
+    the file is ever run. Tensors in full precision stay in the file, mapped into memory, until they are used.
 
     Raises:
         ValueError: missing, truncated, of another kind, or holding anything but tensors and plain containers.
@@ -252,8 +258,11 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_pickled(path: Path) -> object:
     if path.suffix not in (".ckpt", ".pth", ".pt"):
         raise ValueError(f"{path}: a checkpoint ends in .ckpt, .pth, .pt or .safetensors")
+    zipped = zipfile.is_zipfile(path)  # torch's format since 1.6; only this one can be mapped into memory
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        inert = _inert_classes(get_unsafe_globals_in_checkpoint(path)) if zipped else []
+        with safe_globals(inert):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None and "Unsupported" not in str(error):
@@ -261,11 +270,30 @@ def _load_pickled(path: Path) -> object:
         what = f" ({found[1]})" if found else ""
         raise ValueError(
             f"{path}: holds something other than tensors and plain containers{what}; "
-            "loading it could run code from the file, so it is refused"
+            "loading it could run code from the file, so it is refused. If you trust it, open it where that package is "
+            "installed and save its state_dict alone, best as .safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = str(error).partition("\n")[0][:120] or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
+
+
+class _Inert:
+    """Stands for a class of the trainer: takes what the file says about an object of it and keeps nothing."""
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _inert_classes(names: Iterable[str]) -> list[tuple[type, str]]:
+    """Stand-ins for those classes in a file that its trainer left beside the weights; no others are given one.
+
+    PyTorch Lightning names its callbacks by their classes, and counts some scores in NumPy's types.
+    """
+    return [(type(name, (_Inert,), {}), name) for name in names if name.startswith(TRAINER_PACKAGES)]
 
 
 def load_weights(path: str | Path, model: nn.Module, config_name: str = "the config") -> None:
@@ -283,7 +311,7 @@ def load_weights(path: str | Path, model: nn.Module, config_name: str = "the con
     if any(".weight_quantizer" in name for name in weights):
         raise ValueError(f"{path}: this is a quantized checkpoint; pass it with --cali_ckpt, not as the full model")
     expected = model.state_dict()
-    differences = _differences(weights, expected)
+    differences = describe_differences(weights, expected)
     if differences:
         found, wanted = _architecture(weights), _architecture(expected)
         if found != wanted and found and wanted:
@@ -292,7 +320,7 @@ def load_weights(path: str | Path, model: nn.Module, config_name: str = "the con
     model.load_state_dict(weights, strict=True)
 
 
-def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """In words, a few examples of each kind; empty where names and shapes agree."""
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]

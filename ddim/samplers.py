@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,10 @@ OnStep = Callable[[int, float, Tensor], None]
 """(number k of the model call, its timestep, its input x), called before the model is."""
 
 
-class _Step(NamedTuple):
+VARIANCES = ("fixedlarge", "fixedsmall")
+
+
+class Step(NamedTuple):
     """One step from timestep ``t`` down to the next one visited, with alpha-bar at both ends."""
 
     k: int
@@ -36,11 +39,28 @@ class _Step(NamedTuple):
     alpha_next: float
 
 
-def _steps(timesteps: Sequence[int], alpha_bar: Tensor) -> Iterator[_Step]:
-    """Largest timestep first; the last step ends at alpha-bar 1, the image itself."""
-    levels = [1.0, *alpha_bar.double()[list(timesteps)].tolist()]
-    for k, index in enumerate(reversed(range(len(timesteps)))):
-        yield _Step(k, timesteps[index], levels[index + 1], levels[index])
+def steps_down(timesteps: Sequence[int], alpha_bar: Tensor, alpha_final: float = 1.0) -> list[Step]:
+    """The steps of a sampler, largest timestep first.
+
+    Args:
+        timesteps: ascending, each an index into ``alpha_bar``.
+        alpha_bar: T cumulative products.
+        alpha_final: alpha-bar where the last step ends; 1 is the image itself.
+
+    Raises:
+        ValueError: no timesteps, or timesteps that do not ascend within 0 ... T - 1.
+    """
+    _check(timesteps, alpha_bar)
+    levels = [alpha_final, *alpha_bar.double()[list(timesteps)].tolist()]
+    indices = enumerate(reversed(range(len(timesteps))))
+    return [Step(k, timesteps[index], levels[index + 1], levels[index]) for k, index in indices]
+
+
+def ddim_step(x: Tensor, eps: Tensor, step: Step, sigma: float = 0.0) -> Tensor:
+    """Where one DDIM step leads, before its draw of standard deviation ``sigma`` is added (equations 9 and 12)."""
+    x0 = (x - math.sqrt(1 - step.alpha) * eps) / math.sqrt(step.alpha)  # predicted image, eq. 9
+    towards_x = math.sqrt(max(1 - step.alpha_next - sigma**2, 0.0))  # rounding must not make it imaginary
+    return math.sqrt(step.alpha_next) * x0 + towards_x * eps  # eq. 12
 
 
 def timestep_batch(t: float, like: Tensor) -> Tensor:
@@ -68,6 +88,7 @@ def ddim_sample(
     alpha_bar: Tensor,
     *,
     eta: float = 0.0,
+    alpha_final: float = 1.0,
     noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -79,25 +100,25 @@ def ddim_sample(
         timesteps: ascending, as :func:`ddim.schedule.sampling_timesteps` gives them; visited from the last.
         alpha_bar: T values of :func:`ddim.schedule.alphas_cumprod`.
         eta: 0 is deterministic, 1 has the variance of DDPM's posterior.
+        alpha_final: alpha-bar where the last step ends. The pixel models end at the image itself, 1; the latent ones
+            at timestep 0.
         noise: gives the draw of each step; needed when ``eta`` is above 0, else never called.
         on_step: sees the input of each model call beforehand.
 
     Returns:
         The samples, like ``x``, in the range the model was trained on.
     """
-    _check(timesteps, alpha_bar)
+    steps = steps_down(timesteps, alpha_bar, alpha_final)
     if eta < 0:
         raise ValueError(f"eta {eta} must not be negative")
     if eta > 0 and noise is None:
         raise ValueError(f"eta {eta} adds noise at every step; pass noise=, for example ImageNoise(...).step")
-    for step in _steps(timesteps, alpha_bar):
+    for step in steps:
         if on_step is not None:
             on_step(step.k, step.t, x)
         eps = model(x, timestep_batch(step.t, x))
-        x0 = (x - math.sqrt(1 - step.alpha) * eps) / math.sqrt(step.alpha)  # predicted image, eq. 9
         sigma = eta * math.sqrt((1 - step.alpha_next) / (1 - step.alpha) * (1 - step.alpha / step.alpha_next))  # eq. 16
-        towards_x = math.sqrt(max(1 - step.alpha_next - sigma**2, 0.0))  # rounding must not make it imaginary
-        x = math.sqrt(step.alpha_next) * x0 + towards_x * eps  # eq. 12
+        x = ddim_step(x, eps, step, sigma)
         if noise is not None and eta > 0:
             x = x + sigma * noise(step.k, x)
     return x
@@ -111,25 +132,36 @@ def ddpm_sample(
     alpha_bar: Tensor,
     *,
     noise: StepNoise,
+    variance: str = "fixedlarge",
+    clip: bool = True,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, equations 6 and 7) over the visited timesteps.
 
-    The predicted image is clamped to [-1, 1], and each draw has the variance of the forward step it undoes
-    (``fixedlarge``: sigma^2 = beta). The step from timestep 0 adds no noise.
+    The step from timestep 0 adds no noise. Arguments not named here, and the result, are those of :func:`ddim_sample`.
 
-    Args and result as in :func:`ddim_sample`; ``noise`` is asked at every step but those from timestep 0.
+    Args:
+        noise: asked at every step but those from timestep 0.
+        variance: of each draw. ``fixedlarge`` is beta, that of the forward step it undoes; ``fixedsmall`` is that of
+            the posterior, equation 7 (section 3.2 compares the two).
+        clip: clamp the predicted image to [-1, 1].
+
+    Raises:
+        ValueError: an unknown ``variance``, or timesteps as in :func:`steps_down`.
     """
-    _check(timesteps, alpha_bar)
-    for step in _steps(timesteps, alpha_bar):
+    if variance not in VARIANCES:
+        raise ValueError(f"variance {variance!r} is not one of {', '.join(VARIANCES)}")
+    for step in steps_down(timesteps, alpha_bar):
         if on_step is not None:
             on_step(step.k, step.t, x)
         eps = model(x, timestep_batch(step.t, x))
-        x0 = ((x - math.sqrt(1 - step.alpha) * eps) / math.sqrt(step.alpha)).clamp(-1, 1)
+        x0 = (x - math.sqrt(1 - step.alpha) * eps) / math.sqrt(step.alpha)
+        if clip:
+            x0 = x0.clamp(-1, 1)
         beta = 1 - step.alpha / step.alpha_next  # of the whole stretch between the two visited timesteps
+        remaining = (1 - step.alpha_next) / (1 - step.alpha)
         weight_x0 = math.sqrt(step.alpha_next) * beta / (1 - step.alpha)  # eq. 7
-        weight_x = math.sqrt(1 - beta) * (1 - step.alpha_next) / (1 - step.alpha)
-        x = weight_x0 * x0 + weight_x * x
+        x = weight_x0 * x0 + math.sqrt(1 - beta) * remaining * x
         if step.t > 0:
-            x = x + math.sqrt(beta) * noise(step.k, x)
+            x = x + math.sqrt(beta if variance == "fixedlarge" else beta * remaining) * noise(step.k, x)
     return x

@@ -230,3 +230,35 @@ def test_lambda_is_inverted():
 def test_wrong_arguments_of_the_solver(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpm_solver_sample(MODEL, start(), ALPHA_BAR, **{"steps": 10, **arguments})
+
+
+def test_ddim_ends_where_it_is_told_to():
+    """One exact step of a perfect predictor: image and noise in the proportions of the level it ends at."""
+    image, noise = start(1), start(2)
+
+    def at(level):
+        return math.sqrt(level) * image + math.sqrt(1 - level) * noise
+
+    got = ddim_sample(lambda x, t: noise, at(float(ALPHA_BAR[700])), [700], ALPHA_BAR, alpha_final=0.9)
+    torch.testing.assert_close(got, at(0.9))
+
+
+def test_ancestral_sampling_with_the_smaller_variance_loses_a_little():
+    """Section 3.2: beta is right for standard normal data, the posterior's variance for a single image."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 200, 200, generator=generator, dtype=torch.float64)
+    got = ddpm_sample(
+        MODEL,
+        x,
+        range(1000),
+        ALPHA_BAR,
+        noise=lambda k, like: torch.randn(like.shape, generator=generator, dtype=like.dtype),
+        variance="fixedsmall",
+        clip=False,
+    )
+    assert float(got.std()) / STD == pytest.approx(0.99, abs=0.006)
+
+
+def test_unknown_variance_is_named():
+    with pytest.raises(ValueError, match="'learned' is not one of fixedlarge, fixedsmall"):
+        ddpm_sample(MODEL, start(), [0], ALPHA_BAR, noise=lambda k, like: like, variance="learned")

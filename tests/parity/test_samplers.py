@@ -12,8 +12,13 @@ from torch import Tensor
 
 from ddim.config import DiffusionConfig
 from ddim.dpm_solver import dpm_solver_sample
-from ddim.samplers import EpsilonModel, ddim_sample, ddpm_sample
+from ddim.samplers import EpsilonModel, ddim_sample, ddpm_sample, steps_down
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from ldm.models.diffusion.ddim import final_alpha, latent_timesteps, sample_ddim
+from ldm.models.diffusion.ddpm import make_betas as make_latent_betas
+from ldm.models.diffusion.ddpm import schedule_buffers
+from ldm.models.diffusion.plms import sample_plms
+from ldm.models.diffusion.sampling import guided
 
 from .conftest import golden_json, golden_tensors, parameters, relative_error
 
@@ -30,18 +35,16 @@ def pixel_alpha_bar() -> Tensor:
 
 
 def latent_alpha_bar() -> Tensor:
-    """The schedule the latent cases name: the root of beta is linear, which is ``quad`` here."""
-    return alphas_cumprod(make_betas(DiffusionConfig("quad", 0.0015, 0.0195, 1000)))
+    """The buffer of the latent models, with the schedule that the cases name."""
+    return schedule_buffers(make_latent_betas(0.0015, 0.0195, 1000))["alphas_cumprod"]
 
 
-def guided(scale: float, cond: Tensor, uncond: Tensor) -> EpsilonModel:
-    """Classifier-free guidance (Ho and Salimans 2022, equation 6) around the model with conditioning added."""
+def conditional_epsilon(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    return epsilon(x, t) + 0.1 * cond.mean((1, 2)).reshape(-1, 1, 1, 1)
 
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        with_cond, without = (epsilon(x, t) + 0.1 * c.mean((1, 2)).reshape(-1, 1, 1, 1) for c in (cond, uncond))
-        return without + scale * (with_cond - without)
 
-    return model
+def guided_epsilon(scale: float, tensors: dict[str, Tensor]) -> EpsilonModel:
+    return guided(conditional_epsilon, tensors["cond"], tensors["uncond"], scale)
 
 
 def check_ddim(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -90,17 +93,49 @@ def check_singlestep(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 def check_latent_dpm(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     scale = float(re.search(r"scale ([\d.]+)", case["what"]).group(1))
-    model = guided(scale, tensors["cond"], tensors["uncond"])
-    check_dpm(case, tensors, model, latent_alpha_bar(), method="multistep", order=2)
+    check_dpm(case, tensors, guided_epsilon(scale, tensors), latent_alpha_bar(), method="multistep", order=2)
+
+
+GUIDANCE_SCALE = 7.5  # of the guided DDIM and PLMS cases
+
+
+def check_latent_ddim(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    steps, eta = re.fullmatch(r"ldm_ddim(?:_cfg)?\.(\d+)(?:\.eta([\d.]+))?", case["case"]).groups()
+    model = guided_epsilon(GUIDANCE_SCALE, tensors) if "_cfg" in case["case"] else epsilon
+    times, alpha_bar = latent_timesteps(1000, int(steps)), latent_alpha_bar()
+    assert times == case.get("timesteps", times)
+    down = steps_down(times, alpha_bar, final_alpha(alpha_bar))
+    for key, got in (("alphas", [step.alpha for step in down]), ("alphas_prev", [step.alpha_next for step in down])):
+        assert got[::-1] == pytest.approx(case.get(key, got[::-1]), rel=1e-6)
+    got = sample_ddim(
+        model, tensors["x_T"], times, alpha_bar, eta=float(eta or 0), noise=lambda k, like: tensors["noise20"][k]
+    )
+    assert relative_error(got, tensors[f"{case['case']}.final"]) < TOLERANCE
+
+
+def check_plms(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    seen: list[float] = []
+    times = latent_timesteps(1000, int(re.fullmatch(r"plms_cfg\.(\d+)", case["case"]).group(1)))
+    assert times == case["timesteps"]
+    got = sample_plms(
+        guided_epsilon(GUIDANCE_SCALE, tensors),
+        tensors["x_T"],
+        times,
+        latent_alpha_bar(),
+        on_step=lambda k, t, x: seen.append(t),
+    )
+    assert seen == case["recorded_ts"]
+    assert relative_error(got, tensors[f"{case['case']}.final"]) < TOLERANCE
 
 
 CHECKS: dict[str, Check] = {
     "ddim_generalized": check_ddim,
     "ddpm_noisy": check_ddpm,
     "dpm_singlestep": check_singlestep,
+    "ldm_ddim": check_latent_ddim,
     "ldm_dpm": check_latent_dpm,
+    "plms": check_plms,
 }
-LATER = ("ldm_ddim", "plms")  # the latent package's own samplers
 
 
 def cases() -> list[Any]:
@@ -111,7 +146,5 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("case", parameters(cases(), "samplers.json"))
 def test_sampler_matches(case: dict[str, Any]) -> None:
     family = next((name for name in CHECKS if case["case"].startswith(name)), None)
-    if family is None and case["case"].startswith(LATER):
-        pytest.skip("a sampler of the latent package, tested with it")
     assert family is not None, f"no check knows the case {case['case']}"
     CHECKS[family](case, golden_tensors("samplers.safetensors"))

@@ -1,0 +1,1 @@
+"""First stages, between pixels and latents, and the diffusion models that work on the latents."""

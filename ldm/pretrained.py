@@ -1,0 +1,99 @@
+"""Checkpoints of latent diffusion models: built without weights and filled from the file, so that one copy suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.config import ConfigError
+from ddim.pretrained import describe_differences, read_weights
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.ema import has_ema, with_ema_weights
+from ldm.util import instantiate_from_config, load_model_config
+
+# What some published files hold beside a model's tensors, and sampling has no place for.
+HARMLESS = (
+    "first_stage_model.loss.",  # discriminator and perceptual loss that the first stage was trained with
+    "lvlb_weights",  # weights of the training loss, worked out from the betas
+    "logvar",  # a learned weight of the training loss
+)
+
+
+def build_latent_diffusion(config: Mapping[str, Any]) -> LatentDiffusion:
+    """The model that a config's ``model`` section describes, with random weights on the current default device.
+
+    Raises:
+        ConfigError: the section names another class, or cannot be built.
+    """
+    model = instantiate_from_config(config)
+    if not isinstance(model, LatentDiffusion):
+        raise ConfigError(f"model: target {config['target']} is not a latent diffusion model")
+    return model
+
+
+def load_latent_diffusion(
+    checkpoint: str | Path, config: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
+) -> LatentDiffusion:
+    """A published model, ready to sample: in evaluation mode, without gradients, with its averaged weights if it has.
+
+    Args:
+        checkpoint: ``.ckpt`` or ``.safetensors``, or a folder with ``model.ckpt`` or ``model.safetensors``.
+        config: the ``model`` section; by default that of ``config.yaml`` beside the checkpoint.
+        device: where the weights go.
+
+    Raises:
+        ConfigError: the config is missing or cannot be built.
+        ValueError: the file is unusable, or its tensors are not exactly those of the model; says which.
+    """
+    path = find_checkpoint(checkpoint)
+    model_config = load_model_config(path.with_name("config.yaml")) if config is None else config
+    with torch.device("meta"):
+        model = build_latent_diffusion(model_config)
+    load_state(model, read_weights(path), source=str(path))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file itself, or the checkpoint in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model.ckpt", "model.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path}: has neither model.ckpt nor model.safetensors")
+
+
+def load_state(model: LatentDiffusion, state: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
+    """Make a state dict's tensors the model's own, without copying them.
+
+    Args:
+        model: may lie on the meta device; left untouched unless everything fits.
+        state: published names; with moving averages exactly where the model's config says ``use_ema``.
+        source: what to call it in errors.
+
+    Raises:
+        ValueError: names or shapes differ, apart from :data:`HARMLESS`; says how.
+    """
+    if model.use_ema != has_ema(state):
+        found = "holds no moving averages (model_ema.*)" if model.use_ema else "holds moving averages (model_ema.*)"
+        raise ValueError(f"{source}: {found}; say use_ema: {not model.use_ema} in the config (model.params.use_ema)")
+    try:
+        weights = with_ema_weights(state) if model.use_ema else dict(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HARMLESS)}
+    expected = model.state_dict()
+    differences = describe_differences(weights, expected)
+    if differences:
+        raise ValueError(f"{source}: does not fit the model of the config: {'; '.join(differences)}")
+    weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)

@@ -1,0 +1,110 @@
+"""Configs of latent models: reading them, and building what their ``target`` strings name.
+
+A target is looked up in a list and nothing else is ever imported, so a config file cannot make this code run another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+from yaml import YAMLError
+
+from ddim.config import ConfigError
+
+TARGETS = frozenset(
+    {
+        "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "ldm.models.autoencoder.AutoencoderKL",
+        "ldm.models.autoencoder.IdentityFirstStage",
+        "ldm.models.autoencoder.VQModelInterface",
+        "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "ldm.modules.encoders.modules.ClassEmbedder",
+        "torch.nn.Identity",
+    }
+)
+NOT_YET = frozenset({"ldm.modules.encoders.modules.BERTEmbedder", "ldm.modules.encoders.modules.FrozenCLIPEmbedder"})
+
+_KEYS = ("target", "params", "base_learning_rate")  # the last one only matters for training
+
+
+def instantiate_from_config(config: Mapping[str, Any], where: str = "model") -> nn.Module:
+    """Build the module that a config section describes.
+
+    Args:
+        config: ``target``, a name of :data:`TARGETS`, and its keywords as ``params``.
+        where: the section's place in the config, for errors.
+
+    Raises:
+        ConfigError: no target or one that is not in the list (before anything is imported), or keywords that it does
+            not take.
+    """
+    if not isinstance(config, Mapping) or not isinstance(config.get("target"), str):
+        raise ConfigError(f"{where}: expected a section with the keys target and params, found {config!r}")
+    unknown = [key for key in config if key not in _KEYS]
+    if unknown:
+        raise ConfigError(f"{where}: unknown key '{unknown[0]}'; known here: {', '.join(_KEYS)}")
+    target, params = config["target"], dict(config.get("params") or {})
+    if target in NOT_YET:
+        raise ConfigError(f"{where}: target '{target}' is not in this version: text encoders are still to come")
+    if target not in TARGETS:
+        raise ConfigError(f"{where}: target '{target}' is none of {', '.join(sorted(TARGETS | NOT_YET))}")
+    module, _, name = target.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    check_keywords(cls, params, where)
+    return cls(**params)
+
+
+def check_keywords(cls: type, params: Mapping[str, Any], where: str) -> None:
+    """Whether a class can be made with these keywords, before it is.
+
+    Raises:
+        ConfigError: naming the keyword that is unknown or missing.
+    """
+    try:
+        inspect.signature(cls).bind(**params)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {cls.__name__}: {error}") from None
+
+
+def refuse_unknown(params: Mapping[str, Any], ignored: Collection[str], where: str) -> None:
+    """For constructors that take the published keywords: those left over must be known to matter only for training.
+
+    Raises:
+        ConfigError: naming the first one that is not.
+    """
+    unknown = [key for key in params if key not in ignored]
+    if unknown:
+        raise ConfigError(f"{where}: unknown keyword '{unknown[0]}'")
+
+
+def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The ``model`` section of a YAML config; other sections are for training and ignored.
+
+    Args:
+        overrides: ``key=value`` words in dots, such as ``model.params.image_size=32``; later ones win.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has no such section.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig) or not config.get("model"):
+            raise ConfigError(f"{path}: has no section 'model'")
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        model = OmegaConf.to_container(config.model, resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
+    if not isinstance(model, dict):
+        raise ConfigError(f"{path}: 'model' is no section but {model!r}")
+    return model
