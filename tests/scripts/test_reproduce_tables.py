@@ -215,12 +215,11 @@ def test_two_processes_share_a_folder(quick: tuple, tmp_path: Path) -> None:
     said = [twin.communicate(timeout=120)[0] for twin in twins]
     assert [twin.returncode for twin in twins] == [0, 0]
 
-    # Each row and each calibration once, in one of them; both had something to do.
+    # Each row and each calibration once, in one of them; on a busy machine one may have done them all.
     lines = "".join(said).splitlines()
     measured = sorted(line.partition(",")[0] for line in lines if ": Fréchet" in line)
     assert measured == sorted(row.name for row in quick)
     assert sum("calibrated in" in line for line in lines) == 4
-    assert all(": Fréchet" in text for text in said)
     assert sorted(json.loads((tmp_path / "results.json").read_text())["rows"]) == measured
 
 
