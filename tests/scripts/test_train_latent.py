@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddim.pretrained import load_weights
-from ldm.models.autoencoder import AutoencoderKL
 from ldm.pretrained import build_latent_diffusion, load_latent_diffusion
 from ldm.training import TrainOptions, learning_rate_factor, load_image_set, to_model, to_pixels
 from ldm.training_loop import fit
@@ -260,6 +259,20 @@ def test_killed_run_goes_on_from_its_last_checkpoint(workplace: Path, monkeypatc
     assert run(workplace, "ae", "--resume")["losses"] == whole["losses"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["ae", "ldm"])
+@pytest.mark.parametrize("flags", [(), ("--compile",)], ids=["eager", "compiled"])
+def test_captured_steps_learn_and_resume_on_a_gpu(workplace: Path, kind: str, flags: tuple[str, ...]) -> None:
+    common = {"device": "cuda", "precision": "bf16", "steps": 1000, "batch_size": 8, "lr": 3e-3}
+    stopped = run(workplace, kind, *flags, minutes=1e-9, **common)
+    assert 200 <= stopped["steps_taken"] < 300
+    resumed = run(workplace, kind, *flags, "--resume", **common)
+    assert resumed["steps_taken"] == 1000
+    assert resumed["losses"][: len(stopped["losses"])] == stopped["losses"]
+    assert resumed["losses"][-1][1] < stopped["losses"][0][1]
+
+
 def test_averages_are_what_is_written(workplace: Path) -> None:
     run(workplace, "ae", weights="fp32", lr=0.01)
     saved = torch.load(workplace / "ae" / "last.ckpt", weights_only=True)["state_dict"]
@@ -346,7 +359,3 @@ def test_missing_lightning_is_named_with_its_extra(
     monkeypatch.delitem(sys.modules, "ldm.training_loop")
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     refused(workplace, "ae", "pip install -e '.[train]'", capsys)
-
-
-def test_first_stage_class_is_the_published_one() -> None:
-    assert isinstance(autoencoder.load_first_stage(FIRST_STAGE), AutoencoderKL)
