@@ -79,5 +79,5 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "installing torch (the first time takes minutes)"; \
 			$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision; }
 	@echo "installing qdiff and what it needs"
-	@$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet -e ".[dev,train]"
 	@touch $@

@@ -1,0 +1,168 @@
+"""What the training scripts of latent models share beside their loop: options, data, the learning rate, files.
+
+The loop is :mod:`ldm.training_loop`; unlike it, nothing here needs PyTorch Lightning.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+WARMUP_STEPS = 1000
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a model is trained.
+
+    Attributes:
+        steps: length of the whole run, over all its invocations; the learning rate depends on it.
+        minutes: wall time of this invocation, after which it stops and can be resumed; None for no limit.
+        lr: highest learning rate.
+        ema: decay of the averaged weights, in [0, 1).
+        precision: ``bf16`` for automatic mixed precision.
+        compile: torch.compile the loss (GPU only).
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    ema: float
+    seed: int = 0
+    minutes: float | None = None
+    precision: str = "fp32"
+    compile: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lr", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} {value}: must be above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema {self.ema}: must lie in [0, 1)")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision {self.precision}: is none of {', '.join(PRECISIONS)}")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: this machine has no CUDA device; --device cpu is slow but works")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the invocations of one run."""
+        return {key: value for key, value in asdict(self).items() if key not in ("minutes", "compile")}
+
+
+class Task(Protocol):
+    """What the loop trains: an ``nn.Module`` with these members.
+
+    Attributes:
+        model: holds the weights; those with ``requires_grad`` are trained and averaged.
+    """
+
+    model: nn.Module
+
+    def draw(self, batch_size: int) -> tuple[Tensor, ...]:
+        """A random batch: everything random of a step, made on the device without waiting for it."""
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """The loss, a scalar, of what :meth:`draw` gave."""
+
+
+class ImageSet(NamedTuple):
+    """Images, N x 3 x H x W uint8, and the class of each, N int64."""
+
+    images: Tensor
+    classes: Tensor
+
+
+def load_image_set(folder: Path, part: str, size: int) -> ImageSet:
+    """One part of a prepared image folder: ``FOLDER/PART.safetensors`` with ``images`` (N x H x W x 3) and ``labels``.
+
+    Args:
+        part: ``train`` or ``heldout``.
+        size: H and W that the model is made for, in pixels.
+
+    Raises:
+        ValueError: no such file, or content of another kind, shape or type.
+    """
+    path = folder / f"{part}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --data names a folder with train.safetensors and heldout.safetensors")
+    try:
+        content = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+    missing = {"images", "labels"} - content.keys()
+    if missing:
+        raise ValueError(f"{path}: has no tensor '{min(missing)}', only {', '.join(sorted(content)) or 'nothing'}")
+    images, classes = content["images"], content["labels"]
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
+        raise ValueError(f"{path}: images are {_described(images)}, expected uint8 N x {size} x {size} x 3")
+    if classes.dtype != torch.int64 or classes.shape != (len(images),):
+        raise ValueError(f"{path}: labels are {_described(classes)}, expected int64 {len(images)}")
+    return ImageSet(images.permute(0, 3, 1, 2).contiguous(), classes)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape)) or 'scalar'}"
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 pixels to [-1, 1] float32."""
+    return images.float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1], clamped, to uint8 pixels."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """Factor on the highest rate: linear warm-up, then half a cosine down to 0 (Loshchilov and Hutter 2017).
+
+    Args:
+        step: steps already taken.
+        total: length of the run; a tenth of it at most is warm-up.
+    """
+    warmup = max(1, min(WARMUP_STEPS, total // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def weights_for_file(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A model's state dict on the CPU; parameters in ``dtype``, buffers as they are.
+
+    Buffers hold the noise schedule, and float16 would change it.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    return {
+        name: tensor.detach().to("cpu", dtype if name in parameters else tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def encode_weights(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
+    """A safetensors file with ``facts`` in its header, those that are no strings as JSON."""
+    header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    return save(dict(weights), metadata=header)
+
+
+def encode_grid(images: Tensor, columns: int) -> bytes:
+    """uint8 images, N x 3 x H x W, in rows of ``columns``: a PNG file."""
+    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(grid.numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
