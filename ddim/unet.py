@@ -151,42 +151,46 @@ class _Level(nn.Module):
 
 
 class Stage(NamedTuple):
-    """One step of the forward pass.
+    """One step of a UNet's forward pass, in this package or in one whose UNets also take a context.
 
     Attributes:
         path: of the module that the stage runs.
         timed: it takes the time embedding too.
+        attends: it takes the context too, where the network has one.
         joins: the latest feature left by the way down is concatenated behind its input.
         leaves: its output is left for the way up.
     """
 
     path: str
     timed: bool = False
+    attends: bool = False
     joins: bool = False
     leaves: bool = False
 
 
 @dataclass
 class Flow:
-    """What travels from stage to stage: the feature map, the timesteps, their embedding, the open U connections."""
+    """What travels from stage to stage: feature map, timesteps, their embedding, context, the open U connections."""
 
     h: Tensor
     t: Tensor
+    context: Tensor | None = None
     temb: Tensor | None = None
     skips: list[Tensor] = field(default_factory=list)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Flow:
         """A new flow of ``fn`` applied to every tensor (to move, to copy, to measure)."""
-        temb = None if self.temb is None else fn(self.temb)
-        return Flow(fn(self.h), fn(self.t), temb, [fn(skip) for skip in self.skips])
+        context, temb = (None if x is None else fn(x) for x in (self.context, self.temb))
+        return Flow(fn(self.h), fn(self.t), context, temb, [fn(skip) for skip in self.skips])
 
     def for_stage(self, stage: Stage, fn: Callable[[Tensor], Tensor]) -> Flow:
         """A new flow in which ``fn`` was applied to what the stage takes, and only to that."""
         skips = list(self.skips)
         if stage.joins:
             skips[-1] = fn(skips[-1])
+        context = fn(self.context) if stage.attends and self.context is not None else self.context
         temb = fn(self.temb) if stage.timed and self.temb is not None else self.temb
-        return Flow(fn(self.h), fn(self.t), temb, skips)
+        return Flow(fn(self.h), fn(self.t), context, temb, skips)
 
 
 class UNet(nn.Module):

@@ -131,10 +131,10 @@ def source_hashes(qnn: QuantModel) -> dict[str, str]:
 
 
 def _modules_of(unet: nn.Module) -> set[str]:
-    """Names of the modules, of the UNet's own package, in which its classes are written; wrapped blocks included."""
+    """Names of the modules in which a UNet is written: its package's, wrapped blocks included, and its stages'."""
     package = type(unet).__module__.partition(".")[0]
     classes = {cls.__module__ for module in unet.modules() for cls in type(module).__mro__}
-    return {name for name in classes if name.partition(".")[0] == package}
+    return {name for name in classes if name.partition(".")[0] == package} | {type(unet.stages()[0]).__module__}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

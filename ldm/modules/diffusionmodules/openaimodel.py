@@ -8,14 +8,14 @@ Axes in comments: N images, C channels, H height, W width, E channels of the tim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.unet import Flow, Stage
 from ldm.modules.attention import AttentionBlock, SpatialTransformer, group_norm
 
 MAX_PERIOD = 10_000
@@ -114,49 +114,6 @@ class ResBlock(nn.Module):
     def normalised(self, norm: nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
         """The normalised feature, or SiLU of it."""
         return F.silu(norm(x)) if silu else norm(x)
-
-
-class Stage(NamedTuple):
-    """One step of the forward pass.
-
-    Attributes:
-        path: of the module that the stage runs.
-        timed: it takes the time embedding too.
-        attends: it takes the context too.
-        joins: the latest feature left by the way down is concatenated behind its input.
-        leaves: its output is left for the way up.
-    """
-
-    path: str
-    timed: bool = False
-    attends: bool = False
-    joins: bool = False
-    leaves: bool = False
-
-
-@dataclass
-class Flow:
-    """What travels from stage to stage: feature map, timesteps, their embedding, context, the open U connections."""
-
-    h: Tensor
-    t: Tensor
-    context: Tensor | None = None
-    temb: Tensor | None = None
-    skips: list[Tensor] = field(default_factory=list)
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Flow:
-        """A new flow of ``fn`` applied to every tensor (to move, to copy, to measure)."""
-        context, temb = (None if x is None else fn(x) for x in (self.context, self.temb))
-        return Flow(fn(self.h), fn(self.t), context, temb, [fn(skip) for skip in self.skips])
-
-    def for_stage(self, stage: Stage, fn: Callable[[Tensor], Tensor]) -> Flow:
-        """A new flow in which ``fn`` was applied to what the stage takes, and only to that."""
-        skips = list(self.skips)
-        if stage.joins:
-            skips[-1] = fn(skips[-1])
-        context = fn(self.context) if stage.attends and self.context is not None else self.context
-        temb = fn(self.temb) if stage.timed and self.temb is not None else self.temb
-        return Flow(fn(self.h), fn(self.t), context, temb, skips)
 
 
 class UNetModel(nn.Module):
