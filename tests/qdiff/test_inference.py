@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from qdiff.inference import (
     prepare,
     why_not_compiled,
 )
+from qdiff.output_scale import OutputScale
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizers import UniformAffineQuantizer
 
@@ -155,9 +157,11 @@ def test_smaller_batches_are_filled_up_with_their_last_row() -> None:
 # Compiling.
 
 
-@pytest.mark.parametrize("a_sym", [True, False])
-def test_the_network_compiles_in_one_piece(monkeypatch: pytest.MonkeyPatch, a_sym: bool) -> None:
-    """Quantized attention and split shortcuts included, and once for all sizes of batches."""
+@pytest.mark.parametrize(
+    "options", [{"a_sym": True}, {"a_sym": False}, {"timed_ranges": "all", "split_input": True}], ids=str
+)
+def test_the_network_compiles_in_one_piece(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """Quantized attention, split shortcuts, tables of timesteps included, and once for all sizes of batches."""
     graphs: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
@@ -167,7 +171,10 @@ def test_the_network_compiles_in_one_piece(monkeypatch: pytest.MonkeyPatch, a_sy
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
     monkeypatch.setattr(inference, "why_not_compiled", lambda device: None)
-    model = as_calibrated(QuantConfig(4, 8, quant_act=True, a_sym=a_sym, split=True))
+    times = [1.0, 400.0, 900.0]
+    model = as_calibrated(QuantConfig(4, 8, quant_act=True, split=True, **options).at_timesteps(times))
+    means = torch.randn(3, *SHAPE[1:])
+    model.output_scale = OutputScale(times, [1.0, 1.01, 1.02], [1.0, 0.99, 1.01], means, means)
     assert any(type(layer) is not QuantModule for layer in model.layers().values())  # a split one
     x, t = noisy_inputs(4)
     with torch.no_grad():
