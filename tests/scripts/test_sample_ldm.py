@@ -252,7 +252,7 @@ def test_a_folder_and_safetensors_are_the_model_too(latent, full, tmp_path):
     assert torch.equal(pictures(sample(flags, tmp_path / "b")), pictures(full["churches"]))
 
 
-@pytest.mark.parametrize("kind", ["beds", "classes"])
+@pytest.mark.parametrize("kind", ["churches", "classes"])
 def test_half_precision_and_compilation(latent, calibrated, tmp_path, monkeypatch, kind):
     """Compiled once, for the doubled batch of guidance too, and the smaller last batch is filled up."""
     compiled = []
@@ -271,9 +271,11 @@ def test_half_precision_and_compilation(latent, calibrated, tmp_path, monkeypatc
     assert (rows, *SHAPES[kind]) in compiled[0]
     assert ((rows, 1, 12) in compiled[0]) == (kind == "classes")
     assert "compiled for batches of 2" in (run / "run.log").read_text()
-    assert psnr(pictures(run), pictures(folder)) > 15
+    codebook = kind == "classes"  # of the first stage: it turns last digits into other codes here and there
+    assert psnr(pictures(run), pictures(folder)) > (15 if codebook else 35)
     half = sample(latent(kind).flags(*flags, "--precision", "bf16"), tmp_path / "b")
-    assert psnr(pictures(half), pictures(folder)) > 8  # other codes of the codebook here and there
+    assert psnr(pictures(half), pictures(folder)) > (8 if codebook else 25)
+    assert not torch.equal(pictures(half), pictures(folder))
 
 
 # Going on.
