@@ -106,10 +106,10 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
             if section not in config:
                 raise ConfigError(f"{path}: has no section '{section}' to override, only {', '.join(map(str, config))}")
         config = OmegaConf.merge(config, changes)
+        if not isinstance(config.model, DictConfig):
+            raise ConfigError(f"{path}: 'model' is no section but {config.model!r}")
         model = OmegaConf.to_container(config.model, resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
-    if not isinstance(model, dict):
-        raise ConfigError(f"{path}: 'model' is no section but {model!r}")
     return model

@@ -173,6 +173,12 @@ class LatentModel:
                 raise ConfigError(f"{self.config_path}: {error}") from None
             except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
                 raise UserError(f"{self.config_path}: the model cannot be built: {error}") from None
+        size, halvings = self.diffusion.image_size, len(self.layer_facts()["channel_mult"]) - 1
+        if size % 2**halvings:
+            raise UserError(
+                f"{self.config_path}: image_size {size} cannot be halved {halvings} times, as the UNet does; use a "
+                f"multiple of {2**halvings}"
+            )
         conditional = self.diffusion.conditional
         if conditional and not isinstance(self.diffusion.cond_stage_model, ClassEmbedder):
             raise UserError(

@@ -131,8 +131,8 @@ class RunFolder:
         files, one by one, so memory holds one image whatever their number.
 
         Raises:
-            OSError: an image cannot be read, or the file cannot be written.
-            UserError: the images are not of one size.
+            OSError: the file cannot be written.
+            UserError: an image cannot be read, or is of another size than the first.
         """
         if total == 0:
             return None
@@ -149,7 +149,9 @@ class RunFolder:
             for index in range(total):
                 pixels = _pixels(self.image_path(index))
                 if pixels.shape != shape[1:]:
-                    raise UserError(f"{self.image_path(index)}: of another size than the first image; delete it")
+                    raise UserError(
+                        f"{self.image_path(index)}: of another size than the first image; delete it and continue"
+                    )
                 array.write(pixels.tobytes())
         return path
 
@@ -228,8 +230,13 @@ def read_png(path: Path) -> Tensor:
 
 def _pixels(path: Path) -> np.ndarray:
     """H x W x 3, uint8."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        trouble = error.strerror or "damaged"
+    # Not from within the handler: an operating system's error in the chain is taken for one of the file being written.
+    raise UserError(f"{path}: cannot be read ({trouble}); delete it and continue the run, which makes it again")
 
 
 def _png(image: Tensor) -> bytes:

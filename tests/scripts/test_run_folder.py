@@ -72,8 +72,11 @@ def test_array_is_whole_or_not_there(tmp_path):
     folder.save_images([2], torch.zeros(1, 3, 5, 5))
     with pytest.raises(UserError, match=r"000002\.png: of another size"):
         folder.save_array(3)
+    folder.image_path(1).write_bytes(folder.image_path(0).read_bytes()[:20])
+    with pytest.raises(UserError, match=r"000001\.png: cannot be read \(damaged\)"):
+        folder.save_array(3)
     folder.image_path(1).unlink()
-    with pytest.raises(OSError, match=r"000001\.png"):
+    with pytest.raises(UserError, match=r"000001\.png: cannot be read \(No such file"):
         folder.save_array(3)
     assert list(folder.arrays.iterdir()) == []
     (folder.arrays / ".2x4x4x3-samples.npz.abc.part").touch()

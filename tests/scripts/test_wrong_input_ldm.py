@@ -64,6 +64,8 @@ FLAGS = {
     "cond": (["--cond"], ["--cond", "unconditional"]),
     "labels": (["--class_labels", "1,two"], ["'1,two'", "1,5,207"]),
     "unknown section": (["modle.params.timesteps=3"], ["no section 'modle'", "data, model"]),
+    "a word in a section's place": (["model=3"], ["'model' is no section but 3"]),
+    "odd latent": (["model.params.image_size=7"], ["image_size 7", "multiple of 2"]),
     "unknown key": (["model.params.timestep=3"], ["config.yaml", "unknown keyword 'timestep'"]),
     "forbidden class": (["model.params.unet_config.target=os.system"], ["config.yaml", "'os.system'", "UNetModel"]),
     "impossible network": (["model.params.unet_config.params.dims=3"], ["config.yaml", "dims=3"]),
