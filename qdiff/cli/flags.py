@@ -444,7 +444,8 @@ def _check_scale_flags(parser: Parser, args: argparse.Namespace) -> None:
     if args.correct_scale and args.resume:
         parser.error(
             "--correct_scale is for calibrating; with --resume a recorded scale is applied anyway, and "
-            f"scripts/correct_scale.py {args.cali_ckpt or 'CKPT'} adds one to a calibrated checkpoint"
+            f"scripts/correct_scale.py {args.cali_ckpt or 'CKPT'} adds one to a calibrated checkpoint of a pixel-space "
+            "model"
         )
     if args.correct_mean and not args.correct_scale:
         parser.error("--correct_mean needs --correct_scale: it adds the mean error to the scale")

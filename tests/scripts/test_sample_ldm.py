@@ -215,8 +215,11 @@ def test_labels_go_round_and_matter(latent, full, tmp_path):
     one = pictures(sample(latent("classes").flags("--class_labels", "1"), tmp_path / "a"))
     same = [torch.equal(a, b) for a, b in zip(one, pictures(full["classes"]), strict=True)]
     assert same == [True, False, True]  # of 1,4,1 against 1,1,1
-    stronger = pictures(sample(latent("classes").flags("--scale", 4), tmp_path / "b"))
-    assert not torch.equal(stronger, pictures(full["classes"]))
+    for scale in (1, 4):
+        other = pictures(sample(latent("classes").flags("--scale", scale), tmp_path / f"scale{scale}"))
+        assert not torch.equal(other, pictures(full["classes"]))
+    accepted = pictures(sample(latent("classes").flags("--cond"), tmp_path / "cond"))
+    assert torch.equal(accepted, pictures(full["classes"]))
 
 
 @settings(max_examples=25, deadline=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from qdiff.cli import make_calibration_data, pipeline
+from qdiff.cli import make_calibration_data, pipeline, sample_ddim
 from qdiff.cli.latent import LatentSampler
 from qdiff.cli.sample_ldm import main
 
@@ -178,6 +178,15 @@ def test_a_checkpoint_of_another_network_is_refused(refused, rounded, name):
     assert "was calibrated for" in message
     heads = "model.params.unet_config.params.num_heads=8"  # the same tensors, put together in another way
     assert "unet.num_heads is 8" in refused("--ptq", "--resume", "--cali_ckpt", rounded / name, heads)
+
+
+def test_a_checkpoint_of_the_other_kind_of_model_is_refused(refused, rounded, miniature, failing, tmp_path):
+    sample_ddim.main([*miniature.flags(), "--ptq", "--quant_mode", "linear", "--max_images", "0", "-l", str(tmp_path)])
+    (pixels,) = (tmp_path / "samples").iterdir()
+    for name in ("ckpt.pth", "ckpt.safetensors"):
+        assert str(pixels / name) in refused("--ptq", "--resume", "--cali_ckpt", pixels / name)
+        flags = ["--ptq", "--resume", "--cali_ckpt", rounded / name, "-l", tmp_path / "out"]
+        assert str(rounded / name) in failing(*miniature.flags(), *flags, main=sample_ddim.main).message
 
 
 def test_flags_that_a_checkpoint_contradicts(refused, rounded):
