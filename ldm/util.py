@@ -88,10 +88,11 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
     """The ``model`` section of a YAML config; other sections are for training and ignored.
 
     Args:
-        overrides: ``key=value`` words in dots, such as ``model.params.image_size=32``; later ones win.
+        overrides: ``key=value`` words in dots, such as ``model.params.image_size=32``; later ones win. They change
+            sections that the file has: a misspelt one would change nothing, and nobody would notice.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has no such section.
+        ConfigError: the file is missing, is not YAML, or has no such section, or an override is not of one of them.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,11 +101,15 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
         config = OmegaConf.load(path)
         if not isinstance(config, DictConfig) or not config.get("model"):
             raise ConfigError(f"{path}: has no section 'model'")
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        changes = OmegaConf.from_dotlist(list(overrides))
+        for section in changes:
+            if section not in config:
+                raise ConfigError(f"{path}: has no section '{section}' to override, only {', '.join(map(str, config))}")
+        config = OmegaConf.merge(config, changes)
+        if not isinstance(config.model, DictConfig):
+            raise ConfigError(f"{path}: 'model' is no section but {config.model!r}")
         model = OmegaConf.to_container(config.model, resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
-    if not isinstance(model, dict):
-        raise ConfigError(f"{path}: 'model' is no section but {model!r}")
     return model

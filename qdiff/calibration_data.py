@@ -101,6 +101,7 @@ def load_calibration_set(
     cali_n: int,
     image_shape: Sequence[int],
     conditional: bool = False,
+    context_width: int | None = None,
 ) -> CalibrationSet:
     """Read and check the part of a file that ``cali_st`` steps of ``cali_n`` samples select.
 
@@ -109,6 +110,7 @@ def load_calibration_set(
     Args:
         image_shape: C x H x W of the model's input.
         conditional: the selection is taken twice, with ``cs`` and with ``ucs``.
+        context_width: D that the model's embeddings have, where it shall be checked.
 
     Raises:
         CalibrationSetError: the file is missing or damaged, or does not fit the model or the selection.
@@ -117,7 +119,7 @@ def load_calibration_set(
     try:
         content = _read(path)
         _check_structure(content, cali_st, conditional)
-        _check_selection(content, cali_st, cali_n, tuple(image_shape), conditional)
+        _check_selection(content, cali_st, cali_n, tuple(image_shape), conditional, context_width)
     except CalibrationSetError as error:
         raise CalibrationSetError(f"calibration set {path}: {error}") from None
     chosen = _select(content, cali_st, cali_n, conditional)
@@ -180,7 +182,12 @@ def _check_structure(content: Any, cali_st: int, conditional: bool) -> None:
 
 
 def _check_selection(
-    content: dict[str, Any] | Tensor, cali_st: int, cali_n: int, image_shape: tuple[int, ...], conditional: bool
+    content: dict[str, Any] | Tensor,
+    cali_st: int,
+    cali_n: int,
+    image_shape: tuple[int, ...],
+    conditional: bool,
+    context_width: int | None,
 ) -> None:
     """What is taken has the model's shape, is as much as asked for, and is finite."""
     if isinstance(content, Tensor):
@@ -192,6 +199,11 @@ def _check_selection(
         _check_rows("ts", content["ts"][step], cali_n, 1, where)
         for name in ("cs", "ucs") if conditional else ():
             _check_rows(name, content[name][step], cali_n, 3, where)
+            width = _as_tensor(content[name][step], name, where).shape[2]
+            if context_width is not None and width != context_width:
+                raise CalibrationSetError(
+                    f"{where}'{name}' is {width} wide; the model's embeddings are {context_width} wide"
+                )
 
 
 def _check_inputs(x: Any, cali_n: int, image_shape: tuple[int, ...], where: str) -> None:
@@ -258,6 +270,7 @@ def make_calibration_set(
     batch_size: int,
     cali_st: int | None = None,
     half: bool = False,
+    context: tuple[Tensor, Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[Tensor]]:
     """Record what the full-precision model sees while it samples.
@@ -269,10 +282,12 @@ def make_calibration_set(
         batch_size: images at once.
         cali_st: keep only the steps that a calibration with this ``--cali_st`` takes.
         half: keep the inputs in float16.
+        context: of a conditional model, the embeddings of all samples with and without the condition, each
+            N x L x D. They do not change along the trajectory, and the file holds them once.
         progress: called with the number of images of each batch that is done.
 
     Returns:
-        ``xs`` and ``ts`` as described above, noisiest step first.
+        ``xs`` and ``ts``, and with ``context`` ``cs`` and ``ucs``, as described above, noisiest step first.
 
     Raises:
         ValueError: a count below 1, ``cali_st`` above ``n_steps``, or a sampler that makes another number of calls.
@@ -290,10 +305,14 @@ def make_calibration_set(
             raise ValueError(f"the sampler made {calls} model calls, {n_steps} were announced")
         if progress is not None:
             progress(len(indices))
-    return {
+    content = {
         "xs": [torch.cat([part.x for part in parts[step]]) for step in kept],
         "ts": [torch.cat([torch.full((len(part.x),), part.t) for part in parts[step]]) for step in kept],
     }
+    if context is not None:
+        with_condition, without = (embeddings.detach().cpu() for embeddings in context)
+        content |= {"cs": [with_condition] * len(kept), "ucs": [without] * len(kept)}
+    return content
 
 
 def batches(indices: Sequence[int], size: int) -> Iterable[Sequence[int]]:

@@ -18,7 +18,7 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,7 +26,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ddim.samplers import EpsilonModel
 from qdiff.adapters import find_adapter
 from qdiff.graphs import recording
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
@@ -35,6 +34,9 @@ from qdiff.quantizers import UniformAffineQuantizer
 
 Precision = Literal["full", "autocast", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+NoiseModel = Callable[..., Tensor]
+"""(x: N,C,H,W; t: N; where the network is conditional, context: N,L,D) -> eps like x."""
 
 WARMUP_CALLS = 3  # before a capture: lazy allocations, cuBLAS handles, cuDNN's choice of kernels
 _DTYPES = {"autocast": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -196,17 +198,20 @@ class FixedBatch:
     A compiled network would be compiled anew for the last, smaller batch, and a graph has fixed buffers.
     """
 
-    def __init__(self, model: EpsilonModel, size: int):
+    def __init__(self, model: NoiseModel, size: int):
         self.model, self.size = model, size
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        rows = len(x)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Args:
+        inputs: x, t and, where there is one, context, of as many rows each.
+        """
+        rows = len(inputs[0])
         if rows > self.size:
             raise ValueError(f"a batch of {rows}, but the model was made ready for at most {self.size}")
         if rows < self.size:
-            x, t = (torch.cat([part, part[-1:].expand(self.size - rows, *part.shape[1:])]) for part in (x, t))
-        return self.model(x, t)[:rows]
+            inputs = tuple(torch.cat([part, part[-1:].expand(self.size - rows, *part.shape[1:])]) for part in inputs)
+        return self.model(*inputs)[:rows]
 
 
 class GraphedModel:
@@ -218,45 +223,62 @@ class GraphedModel:
     Args:
         model: free of traffic between device and host, and of branches on values.
         shape: of a batch, N x C x H x W.
+        context_shape: L x D of the context of one row, where the model takes one.
 
     Raises:
         RuntimeError: the model cannot be captured.
     """
 
     @torch.no_grad()
-    def __init__(self, model: EpsilonModel, shape: Sequence[int], device: torch.device):
-        self._x = torch.zeros(*shape, device=device)
-        self._t = torch.zeros(shape[0], device=device)
+    def __init__(
+        self,
+        model: NoiseModel,
+        shape: Sequence[int],
+        device: torch.device,
+        context_shape: Sequence[int] | None = None,
+    ):
+        self._inputs = _zeros(shape, device, context_shape)
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARMUP_CALLS):
-                    model(self._x, self._t)
+                    model(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with recording(self._graph, stream):
-                self._out = model(self._x, self._t)
+                self._out = model(*self._inputs)
         self._model = model  # its weights are what the graph reads
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self._x.copy_(x)
-        self._t.copy_(t)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for buffer, value in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(value)
         self._graph.replay()
         return self._out.clone()  # the next replay overwrites it; multistep samplers keep it longer
 
 
+def _zeros(
+    shape: Sequence[int], device: torch.device, context_shape: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    """A batch of inputs to make a network ready with: x, t and, where it takes one, context."""
+    shapes = [tuple(shape), (shape[0],)]
+    if context_shape is not None:
+        shapes.append((shape[0], *context_shape))
+    return tuple(torch.zeros(size, device=device) for size in shapes)
+
+
 @torch.no_grad()
 def prepare(
-    model: EpsilonModel,
+    model: NoiseModel,
     config: InferenceConfig,
     *,
     shape: Sequence[int],
     device: torch.device | str,
+    context_shape: Sequence[int] | None = None,
     cuda_graph: bool | None = None,
     allow_tf32: bool = False,
-) -> EpsilonModel:
+) -> NoiseModel:
     """A model as ``config`` wants it run, compiled and captured when this returns.
 
     torch.compile and an own CUDA graph around it, rather than the graphs of ``mode="reduce-overhead"``: one graph,
@@ -265,13 +287,14 @@ def prepare(
     Args:
         model: on ``device``, in evaluation mode. A network is changed in place where ``config.precision`` is not
             ``full`` (:func:`lower_precision`) and belongs to the result; any other callable runs in full precision.
-        shape: of the largest batch, N x C x H x W.
+        shape: of the largest batch, N x C x H x W. Classifier-free guidance calls the network on two rows an image.
+        context_shape: L x D of the context of one row, where the model takes one.
         cuda_graph: None captures on a GPU and goes on without, with a warning, where the model resists; True raises
             there.
         allow_tf32: for what is compiled or captured here in float32. Whoever calls the result sets it for the rest.
 
     Returns:
-        (x, t) -> noise, float32 both ways, for batches up to that size.
+        (x, t) or (x, t, context) -> noise, float32 both ways, for batches up to that size.
 
     Raises:
         InferenceError: a precision or torch.compile is not possible here, or not for this model.
@@ -299,16 +322,23 @@ def prepare(
         return predict
     with tf32(allow_tf32), _fastest_kernels(config.precision != "full"), _compiling(config.compile):
         if graphed:
-            predict = _graphed(predict, shape, device, required=bool(cuda_graph))
+            predict = _graphed(predict, shape, device, context_shape, required=bool(cuda_graph))
         else:
-            predict(torch.zeros(*shape, device=device), torch.zeros(shape[0], device=device))
+            predict(*_zeros(shape, device, context_shape))
     return FixedBatch(predict, shape[0])
 
 
-def _graphed(model: EpsilonModel, shape: Sequence[int], device: torch.device, required: bool) -> EpsilonModel:
+def _graphed(
+    model: NoiseModel,
+    shape: Sequence[int],
+    device: torch.device,
+    context_shape: Sequence[int] | None = None,
+    *,
+    required: bool,
+) -> NoiseModel:
     """The model as a captured graph, or as it is where that fails and is not required."""
     try:
-        return GraphedModel(model, shape, device)
+        return GraphedModel(model, shape, device, context_shape)
     except RuntimeError as error:
         if required or isinstance(error, torch.OutOfMemoryError) or _is_compilers(error):
             raise
@@ -316,14 +346,14 @@ def _graphed(model: EpsilonModel, shape: Sequence[int], device: torch.device, re
         return model
 
 
-def _in_precision(network: nn.Module, precision: Precision, *, channels_last: bool) -> EpsilonModel:
+def _in_precision(network: nn.Module, precision: Precision, *, channels_last: bool) -> NoiseModel:
     order = torch.channels_last if channels_last else torch.contiguous_format
     autocast = precision == "autocast"
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         # Every weight is used once a call, so there is nothing that a cache of casts could save.
         with torch.autocast(x.device.type, torch.float16, enabled=autocast, cache_enabled=False):
-            out = network(x.contiguous(memory_format=order), t)
+            out = network(x.contiguous(memory_format=order), t, *context)
         return out.float()
 
     return predict

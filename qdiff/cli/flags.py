@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ class Help(argparse.HelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)  # examples keep their lines
 
 
+OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]-]*=.*", re.DOTALL)
+"""A word such as ``model.params.image_size=32``."""
+
+
 class _NotGiven:
     """Stands for a flag the command line is silent about, until its default takes the place."""
 
@@ -54,19 +59,27 @@ class Parser(argparse.ArgumentParser):
 
     A packed checkpoint describes itself, so a flag that was given must agree with it, and one that was not follows it:
     the two have to be told apart even when the value is the default.
+
+    Args:
+        overrides: take bare ``key=value`` words, in any place, as ``args.overrides``; they change the model's config.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, overrides: bool = False, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+        self._overrides = overrides
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
         silent = argparse.Namespace(**dict.fromkeys(defaults, _NotGiven))
         parsed, unknown = self.parse_known_args(args, silent)
+        overrides = [word for word in unknown if self._overrides and OVERRIDE.fullmatch(word)]
+        unknown = [word for word in unknown if word not in overrides]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         given = {name for name, value in vars(parsed).items() if value is not _NotGiven}
         values = {name: value if name in given else defaults[name] for name, value in vars(parsed).items()}
+        if self._overrides:
+            values["overrides"] = overrides
         return argparse.Namespace(**values, given=frozenset(given))
 
     def _suggestion(self, unknown: Sequence[str]) -> str:
@@ -148,6 +161,14 @@ def device_name(text: str) -> str:
         found = f"this machine has {there}" if there else "no CUDA device was found"
         raise argparse.ArgumentTypeError(f"{text!r}: {found}; use --device cpu")
     return text
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Converter of whole numbers with commas between them, none negative."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,5,207")
+    return tuple(map(int, words))
 
 
 def add_common_flags(parser: Parser, *, seed: int | None) -> None:
@@ -423,7 +444,8 @@ def _check_scale_flags(parser: Parser, args: argparse.Namespace) -> None:
     if args.correct_scale and args.resume:
         parser.error(
             "--correct_scale is for calibrating; with --resume a recorded scale is applied anyway, and "
-            f"scripts/correct_scale.py {args.cali_ckpt or 'CKPT'} adds one to a calibrated checkpoint"
+            f"scripts/correct_scale.py {args.cali_ckpt or 'CKPT'} adds one to a calibrated checkpoint of a pixel-space "
+            "model"
         )
     if args.correct_mean and not args.correct_scale:
         parser.error("--correct_mean needs --correct_scale: it adds the mean error to the scale")

@@ -7,41 +7,57 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddim.config import PixelConfig, load_config
+from ddim.config import load_config
 from qdiff.calibration_data import make_calibration_set, save_calibration_set
+from qdiff.cli import latent, pixel
 from qdiff.cli.errors import exit_on_error, lower_on_out_of_memory
-from qdiff.cli.flags import Parser, add_common_flags, at_least, resolve_device
-from qdiff.cli.pixel import (
-    PixelSampler,
-    SamplerOptions,
-    add_model_flags,
-    add_sampler_flags,
-    check_model_flags,
-    check_sampler_flags,
-    image_bar,
-    load_full_precision,
-    with_bar,
-)
+from qdiff.cli.flags import Parser, add_common_flags, at_least, real, resolve_device
+from qdiff.cli.sampling import Sampler, image_bar, with_bar
 
 PROGRAM = "make_calibration_data.py"
-EXAMPLE = """\
-example, the set that the calibrating command in the README takes:
+EXAMPLES = """\
+examples, the sets that the calibrating commands in the README take:
   python scripts/make_calibration_data.py --config configs/cifar10.yml --use_pretrained --timesteps 100 --eta 0 \\
       --skip_type quad -n 256 --cali_st 20 --out cali.pt
+  python scripts/make_calibration_data.py -r models/ldm/lsun_beds256/model.ckpt -c 200 -e 1.0 \\
+      -n 256 --cali_st 20 --out cali.pt
 """
+# Flags that only one kind of model has, and those that are not said twice.
+PIXEL_ONLY = ("use_pretrained", "ckpt", "sample_type", "skip_type", "timesteps")
+LATENT_ONLY = ("custom_steps", "vanilla_sample", "dpm", "class_labels", "scale")
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
-        description="Record noisy inputs and timesteps along the sampling trajectory of a full-precision pixel model, "
-        "as calibration needs them. Use the sampler settings you will sample with.",
-        epilog=EXAMPLE,
+        description="Record noisy inputs and timesteps (and embeddings, where the model is conditional) along the "
+        "sampling trajectory of a full-precision model, as calibration needs them. Use the sampler settings you will "
+        "sample with.",
+        epilog=EXAMPLES,
+        overrides=True,
+        usage="%(prog)s (--config FILE | -r PATH) --out FILE [flags] [key=value ...]",
     )
-    add_model_flags(parser)
-    add_sampler_flags(parser)
+    pixel.add_model_flags(parser, title="pixel-space model", required=False)
+    pixel.add_trajectory_flags(parser.add_argument_group("its sampler"))
+    latent.add_model_flags(parser, title="or: latent model", required=False)
+    latent.add_trajectory_flags(parser.add_argument_group("its sampler"))
+    both = parser.add_argument_group("sampler of both")
+    both.add_argument(
+        "-e",
+        "--eta",
+        type=real(zero=True),
+        metavar="X",
+        help="noise in DDIM steps: 0 none, 1 as in DDPM [0 for pixel-space models, 1 for latent ones]",
+    )
+    both.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        metavar="N",
+        help="images at once; changes speed and memory, not the images [sampling.batch_size of a pixel-space model's "
+        "config, 10 for latent models]",
+    )
     group = parser.add_argument_group("the set")
     group.add_argument("--out", required=True, metavar="FILE", help="where to write it")
     group.add_argument("--force", action="store_true", help="replace --out where it exists")
@@ -66,7 +82,7 @@ def build_parser() -> Parser:
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what can be refused before the config is read."""
-    check_model_flags(parser, args)
+    _check_kind_of_model(parser, args)
     if args.cali_n is not None and "n_samples" in args.given and args.cali_n > args.n_samples:
         parser.error(f"--cali_n {args.cali_n}: more than the --n_samples {args.n_samples} that are made")
     out = Path(args.out)
@@ -80,51 +96,97 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--out {out}: the folder cannot be written to; choose another place")
 
 
+def _check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
+    """One model, and no flags that are those of the other kind; ``--eta`` becomes its kind's default."""
+    if (args.config is None) == (args.resume_base is None):
+        parser.error("say which model: --config FILE for a pixel-space one, or -r PATH for a latent one")
+    is_latent = args.resume_base is not None
+    for name in PIXEL_ONLY if is_latent else LATENT_ONLY:
+        if name in args.given:
+            needed = "--config, and a latent model is named" if is_latent else "-r, and a pixel-space model is named"
+            parser.error(f"{parser.flag(name)} goes with {needed}; --help lists the flags of each")
+    if is_latent:
+        latent.check_sampler_flags(parser, args)
+    else:
+        if args.overrides:
+            parser.error(f"{args.overrides[0]}: only the config of a latent model (-r) can be changed by such words")
+        pixel.check_model_flags(parser, args)
+    if args.eta is None:
+        args.eta = 1.0 if is_latent else 0.0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exits with status 2 and one line where its input is wrong."""
     parser = build_parser()
     args = parser.parse_args(argv)
     check_args(parser, args)
     with exit_on_error(PROGRAM, verbose=args.verbose):
-        config = load_config(args.config)
-        check_sampler_flags(parser, args, config)
-        content = record(parser, args, config)
+        content = record_pixels(parser, args) if args.resume_base is None else record_latents(parser, args)
         save_calibration_set(args.out, content)
         print(summary(Path(args.out), content))
     return 0
 
 
-def record(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> dict[str, list[Tensor]]:
-    """Sample and record, with a progress bar."""
-    device = resolve_device(args.device)
-    sampler = PixelSampler(config, SamplerOptions.from_args(args), device)
+def record_pixels(parser: Parser, args: argparse.Namespace) -> dict[str, list[Tensor]]:
+    config = load_config(args.config)
+    pixel.check_sampler_flags(parser, args, config)
+    sampler = pixel.PixelSampler(config, pixel.SamplerOptions.from_args(args), resolve_device(args.device))
+    _check_steps(parser, args, sampler)
+    model = pixel.load_full_precision(args, config)
+    return record(args, model, sampler, args.batch_size or config.sampling.batch_size)
+
+
+def record_latents(parser: Parser, args: argparse.Namespace) -> dict[str, list[Tensor]]:
+    model = latent.LatentModel(args.resume_base, args.overrides)
+    sampler = latent.LatentSampler(model, latent.sampler_options(parser, args, model), resolve_device(args.device))
+    _check_steps(parser, args, sampler)
+    model.load()
+    context = sampler.conditions(range(args.cali_n or args.n_samples)) if sampler.context_shape else None
+    return record(args, model.unet, sampler, args.batch_size or latent.BATCH_SIZE, context)
+
+
+def _check_steps(parser: Parser, args: argparse.Namespace, sampler: Sampler) -> None:
     if args.cali_st is not None and args.cali_st > sampler.n_steps:
         parser.error(
             f"--cali_st {args.cali_st}: the sampler makes {sampler.n_steps} steps; keep 1 to {sampler.n_steps}"
         )
-    model = load_full_precision(args, config).to(device)
+
+
+def record(
+    args: argparse.Namespace,
+    model: nn.Module,
+    sampler: Sampler,
+    batch_size: int,
+    context: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, list[Tensor]]:
+    """Sample and record, with a progress bar."""
     count = args.cali_n or args.n_samples
-    batch_size = args.batch_size or config.sampling.batch_size
     with lower_on_out_of_memory("--batch_size", batch_size), image_bar(count) as bar:
         return make_calibration_set(
-            with_bar(sampler, model, bar),
+            with_bar(sampler, model.to(sampler.device), bar),
             n_samples=count,
             n_steps=sampler.n_steps,
             batch_size=batch_size,
             cali_st=args.cali_st,
             half=args.half,
+            context=context,
         )
 
 
 def summary(path: Path, content: dict[str, list[Tensor]]) -> str:
     """What the file holds, in a few lines."""
     xs, ts = content["xs"], content["ts"]
-    shape = "x".join(map(str, xs[0].shape))
     low, high = min(float(x.min()) for x in xs), max(float(x.max()) for x in xs)
     dtype = str(xs[0].dtype).removeprefix("torch.")
+    context = f"  with and without the condition: embeddings of {_shape(content['cs'][0])}\n" if "cs" in content else ""
     return (
         f"{path}: {path.stat().st_size / 2**20:.1f} MiB\n"
-        f"  {len(xs)} steps of {shape} inputs ({dtype}), values {low:.2f} to {high:.2f}\n"
+        f"  {len(xs)} steps of {_shape(xs[0])} inputs ({dtype}), values {low:.2f} to {high:.2f}\n"
         f"  timesteps {float(ts[0][0]):g} down to {float(ts[-1][0]):g}\n"
+        f"{context}"
         f"  calibrate with --cali_data_path {path} --cali_st {len(xs)} --cali_n {len(xs[0])} or fewer"
     )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

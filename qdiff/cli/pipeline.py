@@ -98,20 +98,30 @@ class QuantPlan:
         return flags | {"quant_act": self.quant_act}
 
 
-def make_plan(parser: Parser, args: argparse.Namespace, architecture: dict[str, Any], **ranges: str) -> QuantPlan:
+def make_plan(
+    parser: Parser,
+    args: argparse.Namespace,
+    architecture: dict[str, Any],
+    *,
+    source: str | None = None,
+    range_order: Literal["random", "first"] = "random",
+    **ranges: str,
+) -> QuantPlan:
     """Settle what the flags leave open with what the checkpoint says of itself; only its header is read.
 
     Args:
         architecture: ``section.key`` of the config -> value, what decides the network's layers; a checkpoint made for
             others is refused.
+        source: what the config is called in messages; by default its flag.
+        range_order: which samples set the first activation ranges.
         ranges: ``weight_range`` and ``act_range``, how the family finds its first ranges.
     """
     path = Path(args.cali_ckpt) if args.cali_ckpt else None
-    quant = settled_quant(parser, args, path, architecture, **ranges)
+    quant = settled_quant(parser, args, path, architecture, source=source, **ranges)
     return QuantPlan(
         quant=quant,
         quant_act=args.quant_act,
-        calibration=calibration_config(args),
+        calibration=calibration_config(args, range_order=range_order),
         mode=args.quant_mode,
         checkpoint=path,
         weights_only=args.resume_w,
@@ -120,9 +130,18 @@ def make_plan(parser: Parser, args: argparse.Namespace, architecture: dict[str, 
 
 
 def settled_quant(
-    parser: Parser, args: argparse.Namespace, path: Path | None, architecture: dict[str, Any], **ranges: str
+    parser: Parser,
+    args: argparse.Namespace,
+    path: Path | None,
+    architecture: dict[str, Any],
+    *,
+    source: str | None = None,
+    **ranges: str,
 ) -> QuantConfig:
-    """The flags' quantizers, or those that the checkpoint ``path`` says it was calibrated with."""
+    """The flags' quantizers, or those that the checkpoint ``path`` says it was calibrated with.
+
+    Arguments as in :func:`make_plan`.
+    """
     if hasattr(args, "act_range"):
         ranges["act_range"] = args.act_range
     quant = QuantConfig(
@@ -138,7 +157,7 @@ def settled_quant(
     )
     info = read_info(path) if path is not None else None
     if info is not None:
-        _check_architecture(parser, args.config, path, info, architecture)
+        _check_architecture(parser, source or f"--config {args.config}", path, info, architecture)
         quant = _agreed(parser, args, path, info, quant)
     elif not quant.published and args.resume:
         flag = f"--timed_ranges {quant.timed_ranges}" if quant.timed else "--split_input"
@@ -149,7 +168,9 @@ def settled_quant(
     return quant
 
 
-def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
+def calibration_config(
+    args: argparse.Namespace, *, range_order: Literal["random", "first"] = "random"
+) -> CalibrationConfig:
     return CalibrationConfig(
         iters=args.cali_iters,
         iters_a=args.cali_iters_a,
@@ -158,6 +179,7 @@ def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
         lr=args.cali_lr,
         p=args.cali_p,
         range_samples=args.range_samples,
+        range_order=range_order,
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,
@@ -198,14 +220,14 @@ def _agreed(
     return info.quant
 
 
-def _check_architecture(parser: Parser, config: str, path: Path, info: CheckpointInfo, ours: dict[str, Any]) -> None:
+def _check_architecture(parser: Parser, source: str, path: Path, info: CheckpointInfo, ours: dict[str, Any]) -> None:
     """The checkpoint was made of the network that the config describes."""
     for name, value in ours.items():
         section, _, key = name.partition(".")
         theirs = info.model_config.get(section, {}).get(key, value)
         if theirs != value:
             parser.error(
-                f"--config {config}: {name} is {value}, but {path} was calibrated for {theirs}; use the config it was "
+                f"{source}: {name} is {value}, but {path} was calibrated for {theirs}; use the config it was "
                 "calibrated with"
             )
 

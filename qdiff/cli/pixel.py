@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddim.config import ConfigError, PixelConfig
 from ddim.dpm_solver import dpm_solver_sample
@@ -30,10 +29,17 @@ DPM_SKIP_TYPES = {"uniform": "time_uniform", "quad": "time_quadratic"}
 logger = logging.getLogger(__name__)
 
 
-def add_model_flags(parser: Parser) -> None:
-    """``--config`` and where the full-precision weights come from."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file, one of configs/*.yml")
+def add_model_flags(parser: Parser, *, title: str = "model", required: bool = True) -> None:
+    """``--config`` and where the full-precision weights come from.
+
+    Args:
+        title: of the group.
+        required: the command has no other family of models.
+    """
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--config", required=required, metavar="FILE", help="the model's YAML file, one of configs/*.yml"
+    )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--use_pretrained",
@@ -48,6 +54,20 @@ def add_model_flags(parser: Parser) -> None:
 def add_sampler_flags(parser: Parser) -> None:
     """How images are sampled."""
     group = parser.add_argument_group("sampler")
+    add_trajectory_flags(group)
+    group.add_argument(
+        "--eta", type=real(zero=True), default=0.0, metavar="X", help="noise in DDIM steps: 0 none, 1 as in DDPM"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        metavar="N",
+        help="images at once; changes speed and memory, not the images [sampling.batch_size of the config]",
+    )
+
+
+def add_trajectory_flags(group: argparse._ArgumentGroup) -> None:
+    """Which sampler, over which timesteps."""
     group.add_argument(
         "--sample_type",
         choices=SAMPLE_TYPES,
@@ -59,15 +79,6 @@ def add_sampler_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--timesteps", type=at_least(1), default=1000, metavar="N", help="sampling steps, up to the schedule's"
-    )
-    group.add_argument(
-        "--eta", type=real(zero=True), default=0.0, metavar="X", help="noise in DDIM steps: 0 none, 1 as in DDPM"
-    )
-    group.add_argument(
-        "--batch_size",
-        type=at_least(1),
-        metavar="N",
-        help="images at once; changes speed and memory, not the images [sampling.batch_size of the config]",
     )
 
 
@@ -120,6 +131,9 @@ class PixelSampler:
         n_steps: model calls of a trajectory. Can be more than ``options.timesteps``
             (:func:`ddim.schedule.sampling_timesteps`).
     """
+
+    rows_per_image = 1
+    context_shape = None
 
     def __init__(self, config: PixelConfig, options: SamplerOptions, device: torch.device):
         self.options, self.device = options, device
@@ -199,23 +213,3 @@ def load_full_precision(args: argparse.Namespace, config: PixelConfig) -> UNet:
         raise UserError(str(error)) from None
     logger.debug("full-precision weights from %s", path)
     return model
-
-
-def image_bar(total: int, done: int = 0) -> tqdm:
-    """Progress in images; it moves on within a batch too, by fractions of them."""
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    return tqdm(total=total, initial=done, unit=" images", desc="sampling", bar_format=layout, smoothing=0.05)
-
-
-def with_bar(sampler: PixelSampler, model: EpsilonModel, bar: tqdm) -> Callable[..., Tensor]:
-    """The sampler for one model, (indices, on_step=None) -> samples, moving a bar at each model call."""
-
-    def sample(indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
-        def both(k: int, t: float, x: Tensor) -> None:
-            bar.update(min(len(indices) / sampler.n_steps, bar.total - bar.n))  # rounding must not pass the end
-            if on_step is not None:
-                on_step(k, t, x)
-
-        return sampler(model, indices, both)
-
-    return sample

@@ -1,7 +1,8 @@
 """Run folders: where images, checkpoints, log and options of one run lie, and how a stopped run goes on.
 
-``-l DIR`` makes ``DIR/samples/<date>/``. Where ``DIR`` itself is such a folder (it holds a ``sampling_config.yaml``),
-that run is continued: its options must be those of the command, and only the images that are missing are made.
+``-l DIR`` makes ``DIR/samples/<date>/``, or ``DIR/<model>/samples/<date>/`` where runs are kept by model. Where ``DIR``
+itself is such a folder (it holds a ``sampling_config.yaml``), that run is continued: its options must be those of the
+command, and only the images that are missing are made.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -19,6 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 from torch import Tensor
@@ -27,11 +30,12 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from qdiff.cli.errors import UserError
-from qdiff.files import write_atomically
+from qdiff.files import atomic_file, write_atomically
 
 CONFIG_NAME = "sampling_config.yaml"
 LOG_NAME = "run.log"
 GRID_NAME = "grid.png"
+ARRAY_NAME = "arr_0"  # numpy's own name for the first array of a file
 
 # Options that say where or how fast, not what: a run may be continued with others.
 FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose", "cali_gpu_gb", "cali_host_gb", "tensorboard")
@@ -56,7 +60,7 @@ class RunFolder:
 
     def __init__(self, path: Path, continued: bool):
         self.path, self.continued = path, continued
-        self.images = path / "img"
+        self.images, self.arrays = path / "img", path / "numpy"
 
     @classmethod
     def find(cls, logdir: str | Path, options: dict[str, Any]) -> RunFolder | None:
@@ -75,13 +79,16 @@ class RunFolder:
         return cls(record.parent, continued=True)
 
     @classmethod
-    def create(cls, logdir: str | Path, options: dict[str, Any]) -> RunFolder:
+    def create(cls, logdir: str | Path, options: dict[str, Any], *, model_name: str = "") -> RunFolder:
         """A new folder below ``logdir``, with the options in it.
+
+        Args:
+            model_name: of a folder in between, which keeps the runs of one model together; empty for none.
 
         Raises:
             OSError: the folder cannot be made or written to.
         """
-        folder = cls(_new_dated_folder(Path(logdir).absolute() / "samples"), continued=False)
+        folder = cls(_new_dated_folder(Path(logdir).absolute() / model_name / "samples"), continued=False)
         folder.images.mkdir()
         text = yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)
         write_atomically(folder.path / CONFIG_NAME, text.encode())
@@ -90,7 +97,7 @@ class RunFolder:
     def tidy(self) -> None:
         """Remove what a killed run left unfinished."""
         self.images.mkdir(exist_ok=True)
-        for place in (self.path, self.images):
+        for place in (self.path, self.images, self.arrays):
             for leftover in place.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
 
@@ -116,6 +123,45 @@ class RunFolder:
         path = self.path / GRID_NAME
         write_atomically(path, _png(make_grid(images, nrow=min(GRID_COLUMNS, len(images)), padding=1)))
         return path
+
+    def save_array(self, total: int) -> Path | None:
+        """All images in one ``.npz``, as the evaluation suites of others read them; None when there are none.
+
+        The array ``arr_0`` is uint8, N x H x W x 3, in the order of the numbers. It is put together from the images'
+        files, one by one, so memory holds one image whatever their number.
+
+        Raises:
+            OSError: the file cannot be written.
+            UserError: an image cannot be read, or is of another size than the first.
+        """
+        if total == 0:
+            return None
+        shape = (total, *_pixels(self.image_path(0)).shape)
+        self.arrays.mkdir(exist_ok=True)
+        path = self.array_path(shape)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with (
+            atomic_file(path) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(f"{ARRAY_NAME}.npy", "w", force_zip64=True) as array,  # many images take more than 2 GiB
+        ):
+            np.lib.format.write_array_header_2_0(array, header)
+            for index in range(total):
+                pixels = _pixels(self.image_path(index))
+                if pixels.shape != shape[1:]:
+                    raise UserError(
+                        f"{self.image_path(index)}: of another size than the first image; delete it and continue"
+                    )
+                array.write(pixels.tobytes())
+        return path
+
+    def array_path(self, shape: Sequence[int]) -> Path:
+        """Named after the array's shape, as the published files are."""
+        return self.arrays / f"{'x'.join(map(str, shape))}-samples.npz"
+
+    def has_array(self, total: int) -> bool:
+        """Whether a file of so many images is there."""
+        return any(self.arrays.glob(f"{total}x*-samples.npz"))
 
     @contextmanager
     def logging(self, argv: Sequence[str], *, verbose: bool = False) -> Iterator[None]:
@@ -180,6 +226,17 @@ def read_png(path: Path) -> Tensor:
     """C x H x W in [0, 1]."""
     with Image.open(path) as image:
         return to_tensor(image)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """H x W x 3, uint8."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        trouble = error.strerror or "damaged"
+    # Not from within the handler: an operating system's error in the chain is taken for one of the file being written.
+    raise UserError(f"{path}: cannot be read ({trouble}); delete it and continue the run, which makes it again")
 
 
 def _png(image: Tensor) -> bytes:

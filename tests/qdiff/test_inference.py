@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.models.diffusion.sampling import guided
 from qdiff import inference
+from qdiff.act_ranges import find_act_ranges
 from qdiff.config import QuantConfig
 from qdiff.inference import (
     FixedBatch,
@@ -24,8 +26,13 @@ from qdiff.inference import (
 )
 from qdiff.output_scale import OutputScale
 from qdiff.quant_layer import QuantModule
+from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
 
+from ..ldm.unets import CHANNELS as LATENT_CHANNELS
+from ..ldm.unets import CONTEXT as WIDTH
+from ..ldm.unets import SIZE as LATENT_SIZE
+from ..ldm.unets import TOKENS, latent_inputs, tiny_latent_unet
 from .conftest import CHANNELS, SIZE, SMALL, as_calibrated, noisy_inputs, tiny_unet, with_grids
 
 NO_TRITON = torch.cuda.is_available() and why_not_compiled("cuda") is not None
@@ -249,6 +256,65 @@ def test_a_model_that_cannot_be_captured_runs_without(monkeypatch: pytest.Monkey
         inference._graphed(model, (2, 1, 8, 8), torch.device("cpu"), required=True)
 
 
+# Networks with a context.
+
+LATENT_SHAPE, CONTEXT = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), (TOKENS, WIDTH)
+
+
+def conditional_unet(quant: QuantConfig | None) -> nn.Module:
+    """A latent UNet with transformers, in full precision or as calibrated, in evaluation mode."""
+    unet = tiny_latent_unet("transformer").eval()
+    if quant is None:
+        return unet
+    model = QuantModel.from_config(unet, quant)
+    model.find_weight_grids()
+    model.learn_rounding()
+    find_act_ranges(model, latent_inputs("transformer", 8, seed=1))
+    model.set_quant_state(True, quant.quant_act)
+    return model.eval()
+
+
+@pytest.mark.parametrize("quant", [None, QuantConfig(4, 8, True, split=True)])
+@torch.no_grad()
+def test_a_context_goes_through_half_precision_and_compilation(
+    quant: QuantConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_, graphs = torch.compile, []
+    backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
+    model, inputs = conditional_unet(quant), latent_inputs("transformer", 4)
+    exact = model(*inputs)
+    other = model(inputs[0], inputs[1], inputs[2].flip(0))
+    moved = relative_error(other, exact)
+    run = prepare(
+        model, InferenceConfig("bf16", compile=True), shape=(4, *LATENT_SHAPE), device="cpu", context_shape=CONTEXT
+    )
+    for size in (4, 3):  # the smaller batch is filled up, its context too
+        out = run(*(part[:size] for part in inputs))
+        assert out.dtype == torch.float32
+        assert 0 < relative_error(out, exact[:size]) < (2e-2 if quant else 5e-4)
+        assert relative_error(out, other[:size]) > moved / 4
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_the_doubled_batch_of_guidance_has_one_size() -> None:
+    """Classifier-free guidance calls the network on two rows an image; the last, smaller batch of it as well."""
+    seen = []
+
+    def model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        seen.append((len(x), len(t), len(context)))
+        return x * context.mean(dim=(1, 2)).reshape(-1, 1, 1, 1) + t.reshape(-1, 1, 1, 1)
+
+    x, t, cond = latent_inputs("transformer", 3)
+    uncond = torch.zeros_like(cond)
+    for images in (3, 2):
+        exact = guided(model, cond[:images], uncond[:images], 2.5)(x[:images], t[:images])
+        fixed = guided(FixedBatch(model, 6), cond[:images], uncond[:images], 2.5)(x[:images], t[:images])
+        assert torch.equal(fixed, exact)
+        assert seen[-1] == (6, 6, 6)
+
+
 # On a GPU.
 
 
@@ -278,3 +344,28 @@ def test_every_way_of_running_agrees_on_a_gpu(precision: inference.Precision, co
             # Sums in another order or type move activations over rounding edges, which W4A8 sees.
             bound = {"full": 1e-3, "bf16": 3e-2}.get(precision, 1e-2)
             assert relative_error(run(x[:size], t[:size]), expected[:size]) < bound
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(NO_TRITON, reason="torch.compile is not possible here")
+@pytest.mark.parametrize("precision", ["full", "fp16", "bf16"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_captured_network_reads_the_context_of_each_call(precision: inference.Precision, compile: bool) -> None:
+    model = conditional_unet(QuantConfig(4, 8, True, split=True)).cuda()
+    inputs = [part.cuda() for part in latent_inputs("transformer", 4)]
+    other = [inputs[0], inputs[1], inputs[2].flip(0)]
+    with torch.no_grad(), inference.tf32(False):
+        expected = [copy.deepcopy(model)(*batch) for batch in (inputs, other)]
+        run = prepare(
+            model,
+            InferenceConfig(precision, compile),
+            shape=(4, *LATENT_SHAPE),
+            device="cuda",
+            context_shape=CONTEXT,
+            cuda_graph=True,
+        )
+        bound = {"full": 1e-3, "bf16": 3e-2}.get(precision, 1e-2)
+        for size in (4, 3):
+            for batch, exact in zip((inputs, other), expected, strict=True):
+                assert relative_error(run(*(part[:size] for part in batch)), exact[:size]) < bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import yaml
 from ddim.config import load_config
 from ddim.unet import UNet
 from qdiff.cli import make_calibration_data, sample_ddim
+
+from .latent_models import LatentMiniature, make_miniature
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -125,3 +128,10 @@ def failing(capsys) -> Callable[..., Failure]:
         return Failure(caught.value.code, capsys.readouterr().err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def latent(tmp_path_factory) -> Callable[[str], LatentMiniature]:
+    """The miniature latent model of a kind: ``beds``, ``churches`` or ``classes``; made when it is first asked for."""
+    parent = tmp_path_factory.mktemp("latent")
+    return functools.cache(lambda kind: make_miniature(kind, parent))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qdiff.cli.flags import Parser, at_least, at_least_or_all, choice_of, device_name, real
+from qdiff.cli import sample_ldm
+from qdiff.cli.flags import Parser, at_least, at_least_or_all, choice_of, device_name, real, whole_numbers
 from qdiff.cli.sample_ddim import build_parser
 
 # Flag -> default, as the project's users know them.
@@ -60,6 +65,86 @@ def test_defaults():
     for flag, default in DEFAULTS.items():
         assert getattr(args, flag[2:]) == default, flag
     assert args.given == {"config"}
+
+
+# What the latent command has beside these, and where its defaults are others.
+LATENT_DEFAULTS = {
+    "--n_samples": 50000,
+    "--custom_steps": 50,
+    "--eta": 1.0,
+    "--batch_size": 10,
+    "--vanilla_sample": False,
+    "--dpm": False,
+    "--class_labels": None,
+    "--scale": 3.0,
+    "--a_min_max": False,
+    "--cond": False,
+    "--logdir": "runs",
+}
+PIXEL_ONLY = (
+    "--use_pretrained",
+    "--ckpt",
+    "--sample_type",
+    "--skip_type",
+    "--timesteps",
+    "--max_images",
+    "--act_range",
+)
+
+
+def test_defaults_of_the_latent_command():
+    args = sample_ldm.build_parser().parse_args(["-r", "model.ckpt", "--seed", "3"])
+    shared = {flag: value for flag, value in DEFAULTS.items() if flag not in (*PIXEL_ONLY, "--seed")}
+    for flag, default in (shared | LATENT_DEFAULTS).items():
+        assert getattr(args, flag[2:]) == default, flag
+    assert not [flag for flag in PIXEL_ONLY if hasattr(args, flag[2:])]
+    assert args.given == {"resume_base", "seed"}
+    assert args.overrides == []
+
+
+def test_short_forms_of_the_latent_command():
+    words = ["-r", "m.ckpt", "-n", "20", "-c", "200", "-e", "0.5", "-v", "-l", "out", "--seed", "41"]
+    args = sample_ldm.build_parser().parse_args(words)
+    found = args.resume_base, args.n_samples, args.custom_steps, args.eta, args.vanilla_sample, args.logdir, args.seed
+    assert found == ("m.ckpt", 20, 200, 0.5, True, "out", 41)
+
+
+NAMES = st.lists(st.from_regex(r"[a-z_][a-z0-9_]{0,6}", fullmatch=True), min_size=1, max_size=4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(words=st.lists(st.tuples(NAMES, st.text(max_size=5)), max_size=4), places=st.lists(st.integers(0, 3)))
+def test_words_between_flags_are_overrides_in_their_order(words, places):
+    """Wherever they stand; the flags around them keep their values."""
+    given_words = [f"{'.'.join(names)}={value}" for names, value in words]
+    flags = [["-r", "model.ckpt"], ["--seed", "3"], ["-v"]]
+    line = [[] for _ in range(4)]
+    for number, word in enumerate(given_words):
+        line[sorted((*places, *[3] * len(words))[: len(words)])[number]].append(word)
+    argv = [*line[0], *flags[0], *line[1], *flags[1], *line[2], *flags[2], *line[3]]
+    args = sample_ldm.build_parser().parse_args(argv)
+    assert args.overrides == given_words
+    assert (args.resume_base, args.seed, args.vanilla_sample) == ("model.ckpt", 3, True)
+
+
+@pytest.mark.parametrize("word", ["--model.x=3", "model.x", "=3", "-x=3", "3=4", "two words=3"])
+def test_other_words_are_refused(word, capsys):
+    with pytest.raises(SystemExit):
+        sample_ldm.build_parser().parse_args(["-r", "m.ckpt", "--seed", "3", word])
+    assert word in capsys.readouterr().err
+
+
+def test_words_are_refused_where_there_is_no_config_to_change(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--config", "x.yml", "model.ch=3"])
+    assert "model.ch=3" in capsys.readouterr().err
+
+
+def test_whole_numbers():
+    assert whole_numbers("1,5, 207") == (1, 5, 207)
+    for text in ("", "1,", "1;2", "-1", "1.5", "a"):
+        with pytest.raises(argparse.ArgumentTypeError, match="1,5,207"):
+            whole_numbers(text)
 
 
 def test_short_form_of_logdir():

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from datetime import datetime
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -36,6 +38,50 @@ def test_new_folders_never_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "datetime", Clock)
     names = [RunFolder.create(tmp_path, OPTIONS).path.relative_to(tmp_path) for _ in range(3)]
     assert [str(name) for name in names] == [f"samples/2030-01-02-03-04-05{end}" for end in ("", "-1", "-2")]
+
+
+def test_runs_of_one_model_lie_together(tmp_path):
+    folder = RunFolder.create(tmp_path, OPTIONS, model_name="lsun_beds256")
+    assert folder.path.parent == tmp_path / "lsun_beds256" / "samples"
+    assert RunFolder.find(folder.path, OPTIONS).path == folder.path
+
+
+def test_array_of_all_images_takes_the_memory_of_one(tmp_path):
+    folder = RunFolder.create(tmp_path, OPTIONS)
+    count, side = 150, 48
+    draws = torch.Generator().manual_seed(0)
+    saved = torch.randint(256, (count, 3, side, side), generator=draws)
+    folder.save_images(range(count), saved / 255)
+    assert not folder.has_array(count)
+    tracemalloc.start()
+    path = folder.save_array(count)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < saved.numel() / 4
+    assert path == folder.path / "numpy" / "150x48x48x3-samples.npz"
+    assert folder.has_array(count)
+    assert not folder.has_array(count - 1)
+    with np.load(path) as content:
+        assert np.array_equal(content["arr_0"], saved.permute(0, 2, 3, 1).numpy())
+    assert folder.save_array(0) is None
+
+
+def test_array_is_whole_or_not_there(tmp_path):
+    folder = RunFolder.create(tmp_path, OPTIONS)
+    folder.save_images(range(2), images(2))
+    folder.save_images([2], torch.zeros(1, 3, 5, 5))
+    with pytest.raises(UserError, match=r"000002\.png: of another size"):
+        folder.save_array(3)
+    folder.image_path(1).write_bytes(folder.image_path(0).read_bytes()[:20])
+    with pytest.raises(UserError, match=r"000001\.png: cannot be read \(damaged\)"):
+        folder.save_array(3)
+    folder.image_path(1).unlink()
+    with pytest.raises(UserError, match=r"000001\.png: cannot be read \(No such file"):
+        folder.save_array(3)
+    assert list(folder.arrays.iterdir()) == []
+    (folder.arrays / ".2x4x4x3-samples.npz.abc.part").touch()
+    folder.tidy()
+    assert list(folder.arrays.iterdir()) == []
 
 
 def test_options_are_recorded_and_found(tmp_path):

@@ -63,6 +63,7 @@ def sample_latents(
     uncond: Tensor | None = None,
     scale: float = 1.0,
     on_step: OnStep | None = None,
+    apply_model: ConditionalModel | None = None,
 ) -> Tensor:
     """Latents of the images whose noise is given, for :meth:`LatentDiffusion.decode`: N x C x H x W.
 
@@ -73,13 +74,15 @@ def sample_latents(
         eta: of DDIM; the others do not look at it.
         cond, uncond, scale: see :func:`guided`.
         on_step: sees each timestep's input beforehand.
+        apply_model: estimates the noise in the place of ``model``'s own network, as where that one is compiled.
 
     Raises:
         ValueError: an unknown method, or steps, eta or conditions that do not fit.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    estimate, x, alpha_bar = guided(model.apply_model, cond, uncond, scale), noise.start(), model.alphas_cumprod
+    estimate = guided(apply_model or model.apply_model, cond, uncond, scale)
+    x, alpha_bar = noise.start(), model.alphas_cumprod
     if method == "dpm":
         return dpm_solver_sample(estimate, x, alpha_bar, steps=steps, on_step=on_step)
     if method == "ddpm":

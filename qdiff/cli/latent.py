@@ -1,0 +1,337 @@
+"""What the commands for latent diffusion models share: their flags, the model with its first stage, and the sampler."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddim.config import ConfigError
+from ddim.noise import ImageNoise
+from ddim.pretrained import read_weights
+from ddim.samplers import OnStep
+from ldm.models.diffusion.ddim import latent_timesteps
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.sampling import sample_latents
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.encoders.modules import ClassEmbedder
+from ldm.pretrained import build_latent_diffusion, find_checkpoint, load_state
+from ldm.util import load_model_config
+from qdiff.cli.errors import UserError
+from qdiff.cli.flags import Parser, at_least, real, whole_numbers
+from qdiff.cli.sampling import plain
+from qdiff.inference import NoiseModel, tf32
+
+# The keywords of a UNet that decide its layers or how they are connected; the others change nothing about a checkpoint.
+LAYER_KEYS = (
+    *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
+    *("conv_resample", "num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm"),
+    *("resblock_updown", "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim"),
+)
+
+BATCH_SIZE = 10  # images at once, unless the command line says otherwise
+
+logger = logging.getLogger(__name__)
+
+
+def add_model_flags(parser: Parser, *, title: str = "model", required: bool = True) -> None:
+    """``-r/--resume_base``; the parser itself takes the words that change the config.
+
+    Args:
+        title: of the group.
+        required: the command has no other family of models.
+    """
+    group = parser.add_argument_group(
+        title,
+        "Bare words such as model.params.image_size=32 change the model's config.",
+    )
+    group.add_argument(
+        "-r",
+        "--resume_base",
+        required=required,
+        metavar="PATH",
+        help="the full-precision model: a .ckpt or .safetensors with config.yaml beside it, or the folder of both",
+    )
+
+
+def add_trajectory_flags(group: argparse._ArgumentGroup) -> None:
+    """Which sampler, over how many timesteps, and of which classes."""
+    group.add_argument(
+        "-c", "--custom_steps", type=at_least(1), default=50, metavar="N", help="steps of DDIM or DPM-Solver++"
+    )
+    other = group.add_mutually_exclusive_group()
+    other.add_argument(
+        "-v", "--vanilla_sample", action="store_true", help="ancestral sampling (DDPM) over all timesteps"
+    )
+    other.add_argument("--dpm", action="store_true", help="DPM-Solver++ of order 2 in place of DDIM")
+    group.add_argument(
+        "--class_labels",
+        type=whole_numbers,
+        metavar="I,I,...",
+        help="class-conditional models: one image of each label in turn [all classes in turn]",
+    )
+    group.add_argument(
+        "--scale",
+        type=real(zero=True),
+        default=3.0,
+        metavar="X",
+        help="class-conditional models: classifier-free guidance; 1 is none, and half the work",
+    )
+
+
+def add_sampler_flags(parser: Parser) -> None:
+    """How images are sampled."""
+    group = parser.add_argument_group("sampler")
+    add_trajectory_flags(group)
+    group.add_argument(
+        "-e", "--eta", type=real(zero=True), default=1.0, metavar="X", help="noise in DDIM steps: 0 none, 1 as in DDPM"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="images at once; changes speed and memory, not the images",
+    )
+
+
+def check_sampler_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect on the sampler that was chosen; no file is read."""
+    other = "--vanilla_sample" if args.vanilla_sample else "--dpm" if args.dpm else None
+    if other and "eta" in args.given:
+        parser.error(f"--eta {args.eta:g} has no effect with {other}: it is DDIM's; leave one of them out")
+    if args.vanilla_sample and "custom_steps" in args.given:
+        parser.error(
+            f"--custom_steps {args.custom_steps} has no effect with --vanilla_sample, which visits all timesteps; "
+            "leave one of them out"
+        )
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """The sampler's flags.
+
+    Attributes:
+        method: as in :func:`ldm.models.diffusion.sampling.sample_latents`.
+        labels: classes, in turn one for each image; empty for an unconditional model.
+    """
+
+    method: str
+    steps: int
+    eta: float
+    seed: int
+    labels: tuple[int, ...] = ()
+    scale: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LatentModel:
+    """A latent diffusion model on its way from files to a device.
+
+    Made, it has read and checked the config and found the file of weights, of which nothing was read.
+
+    Args:
+        path: checkpoint, or folder of one.
+        overrides: ``key=value`` words that change the config.
+
+    Attributes:
+        checkpoint, config_path: the files.
+        name: of the checkpoint's folder.
+        diffusion: the model; on the meta device until :meth:`load`.
+
+    Raises:
+        UserError, ConfigError: a file is missing, the config is wrong, or the model is of a kind that is not sampled
+            from here.
+    """
+
+    def __init__(self, path: str, overrides: Sequence[str] = ()):
+        if not Path(path).exists():
+            raise UserError(
+                f"--resume_base {path}: no such file or folder; it names a model.ckpt with config.yaml beside it, or "
+                "their folder (scripts/make_random_checkpoint.py makes one with random weights to try things out)"
+            )
+        try:
+            self.checkpoint = find_checkpoint(path)
+        except ValueError as error:
+            raise UserError(f"--resume_base {error}") from None
+        self.config_path = self.checkpoint.with_name("config.yaml")
+        self.config = load_model_config(self.config_path, overrides)
+        self.name = self.checkpoint.absolute().parent.name
+        with torch.device("meta"):
+            try:
+                self.diffusion: LatentDiffusion = build_latent_diffusion(self.config).eval()
+            except ConfigError as error:
+                raise ConfigError(f"{self.config_path}: {error}") from None
+            except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+                raise UserError(f"{self.config_path}: the model cannot be built: {error}") from None
+        size, halvings = self.diffusion.image_size, len(self.layer_facts()["channel_mult"]) - 1
+        if size % 2**halvings:
+            raise UserError(
+                f"{self.config_path}: image_size {size} cannot be halved {halvings} times, as the UNet does; use a "
+                f"multiple of {2**halvings}"
+            )
+        conditional = self.diffusion.conditional
+        if conditional and not isinstance(self.diffusion.cond_stage_model, ClassEmbedder):
+            raise UserError(
+                f"{self.config_path}: the model is conditional on '{self.diffusion.cond_stage_key}'; this command "
+                "samples from unconditional and class-conditional models"
+            )
+        if conditional and self.diffusion.model.conditioning_key != "crossattn":
+            raise UserError(f"{self.config_path}: classes reach the UNet through conditioning_key crossattn only")
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.diffusion.model.diffusion_model
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes there are, apart from the one for "no condition"; None for an unconditional model."""
+        return self.diffusion.cond_stage_model.n_classes - 1 if self.diffusion.conditional else None
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """L x D of a class's embedding."""
+        if not self.diffusion.conditional:
+            return None
+        return 1, self.diffusion.cond_stage_model.embedding.weight.shape[1]
+
+    def layer_facts(self) -> dict[str, Any]:
+        """:data:`LAYER_KEYS` of the UNet and the latent's size, left-out keywords at their defaults."""
+        defaults = {name: p.default for name, p in inspect.signature(UNetModel).parameters.items()}
+        given = self.config["params"]["unet_config"].get("params") or {}
+        facts = {key: given.get(key, defaults[key]) for key in LAYER_KEYS}
+        return plain({"latent_size": self.diffusion.image_size, **facts})
+
+    def facts(self) -> dict[str, Any]:
+        """What checkpoints record of the model: the config as it was used, and the UNet with nothing left out."""
+        return {"model": plain(self.config), "unet": self.layer_facts()}
+
+    def architecture(self) -> dict[str, Any]:
+        """``unet.<key>`` -> value: what decides the network's layers."""
+        return {f"unet.{key}": value for key, value in self.layer_facts().items()}
+
+    def load(self) -> None:
+        """Read the weights: averaged ones, where the model has them.
+
+        Raises:
+            UserError: they are damaged or of another architecture.
+        """
+        try:
+            load_state(self.diffusion, read_weights(self.checkpoint), source=str(self.checkpoint))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.diffusion.eval().requires_grad_(False)
+        logger.debug("full-precision weights from %s", self.checkpoint)
+
+
+class LatentSampler:
+    """Samples latents by number: the same number gives the same latent in any batch.
+
+    Args:
+        model: whose weights are read before the first call.
+        device: its first stage and encoder of conditions move there with the first call.
+
+    Attributes: those of :class:`qdiff.cli.sampling.Sampler`.
+    """
+
+    def __init__(self, model: LatentModel, options: SamplerOptions, device: torch.device):
+        self.model, self.options, self.device = model, options, device
+        self.image_shape = model.diffusion.latent_shape
+        self.context_shape = model.context_shape
+        self.rows_per_image = 2 if options.labels and options.scale != 1 else 1
+        train = model.diffusion.num_timesteps
+        if options.method == "ddpm":
+            self.n_steps = train
+        elif options.method == "dpm":
+            self.n_steps = options.steps
+        else:
+            self.n_steps = len(latent_timesteps(train, options.steps))
+
+    @torch.no_grad()
+    def __call__(self, model: NoiseModel, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        """Latents ``indices`` of the seed, scaled as the network sees them: N x C x h x w."""
+        options = self.options
+        noise = ImageNoise(options.seed, indices, self.image_shape, self.device)
+        cond, uncond = self.conditions(indices) if options.labels else (None, None)
+
+        def apply_model(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+            return model(x, t) if context is None else model(x, t, context)
+
+        with tf32(False):  # ten bits of mantissa would let images depend on the batch size
+            return sample_latents(
+                self._on_device(),
+                noise,
+                method=options.method,
+                steps=options.steps,
+                eta=options.eta,
+                cond=cond,
+                uncond=uncond,
+                scale=options.scale if options.labels else 1.0,
+                on_step=on_step,
+                apply_model=apply_model,
+            )
+
+    def conditions(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings of the images' classes and of "no condition": each N x L x D."""
+        diffusion, labels = self._on_device(), self.options.labels
+        chosen = torch.tensor([labels[index % len(labels)] for index in indices])
+        with torch.no_grad():
+            embedder = diffusion.cond_stage_model
+            return diffusion.get_learned_conditioning({embedder.key: chosen}), embedder.unconditional(len(chosen))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> images in [0, 1], N x 3 x f h x f w."""
+        with tf32(False):
+            return ((self._on_device().decode(latents) + 1) / 2).clamp(0, 1)
+
+    def _on_device(self) -> LatentDiffusion:
+        """The model, all but its network, which is elsewhere: wrapped, compiled, or as it was."""
+        diffusion = self.model.diffusion
+        if diffusion.alphas_cumprod.device != self.device:
+            diffusion.to(self.device)
+        return diffusion
+
+
+def sampler_options(parser: Parser, args: argparse.Namespace, model: LatentModel) -> SamplerOptions:
+    """The flags, checked against the model: more steps than its schedule has, classes that it has not."""
+    train = model.diffusion.num_timesteps
+    if not args.vanilla_sample and args.custom_steps > train:
+        parser.error(
+            f"--custom_steps {args.custom_steps}: the schedule of {model.config_path} has {train}; use 1 to {train}"
+        )
+    if model.classes is None:
+        for name in ("class_labels", "scale", "cond"):
+            if name in args.given:  # --cond is the sampling command's alone
+                parser.error(f"{parser.flag(name)}: the model of {model.config_path} is unconditional; leave it out")
+    method = "ddpm" if args.vanilla_sample else "dpm" if args.dpm else "ddim"
+    labels = _labels(parser, args.class_labels, model)
+    return SamplerOptions(method, args.custom_steps, args.eta, args.seed, labels, args.scale if labels else 1.0)
+
+
+def _labels(parser: Parser, wanted: Sequence[int] | None, model: LatentModel) -> tuple[int, ...]:
+    if model.classes is None:
+        return ()
+    if wanted is None:
+        return tuple(range(model.classes))
+    outside = [label for label in wanted if label >= model.classes]
+    if outside:
+        parser.error(
+            f"--class_labels {','.join(map(str, wanted))}: {outside[0]} is not a class of {model.config_path}; use 0 "
+            f"to {model.classes - 1}"
+        )
+    return tuple(wanted)
+
+
+def first_ranges(args: argparse.Namespace) -> dict[str, str]:
+    """How these families find their first ranges: by error, activations with ``--a_min_max`` by minimum and maximum."""
+    return {"weight_range": "mse", "act_range": "max" if args.a_min_max else "mse"}

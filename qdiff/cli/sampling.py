@@ -1,0 +1,226 @@
+"""The course of a sampling command, the same for every family of models; a :class:`SamplingTask` says what differs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim.samplers import OnStep
+from qdiff.calibration_data import CalibrationSet, batches
+from qdiff.cli.errors import lower_on_out_of_memory
+from qdiff.cli.flags import Parser, inference_config, needs_calibration_set, resolve_device
+from qdiff.cli.pipeline import (
+    QuantPlan,
+    calibrate_and_save,
+    memory_budget,
+    quantized_model,
+    remove_progress,
+    room_needed,
+)
+from qdiff.cli.run_folder import RunFolder, check_room
+from qdiff.inference import NoiseModel, prepare
+from qdiff.workers import WORKERS
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler(Protocol):
+    """Samples by number: the same number gives the same sample in any batch.
+
+    Attributes:
+        device: where it works.
+        n_steps: calls of the noise model in a trajectory.
+        rows_per_image: rows of the network's batch that an image takes; two with classifier-free guidance.
+        image_shape: C x H x W of the network's input.
+        context_shape: L x D of the context of a row, where the network takes one.
+    """
+
+    device: torch.device
+    n_steps: int
+    rows_per_image: int
+    image_shape: tuple[int, int, int]
+    context_shape: tuple[int, int] | None
+
+    def __call__(self, model: NoiseModel, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        """Samples ``indices`` of the seed, N x C x H x W: images, or latents."""
+        ...
+
+
+class SamplingTask(Protocol):
+    """What a family of models brings to :func:`run`.
+
+    Attributes:
+        sampler: of images, or of their latents.
+        images, batch_size: how many to make, and how many at once.
+        model_config: the facts of the model that checkpoints and ``sampling_config.yaml`` record.
+        architecture: ``section.key`` of these that decides the network's layers -> value.
+        model_name: the folder below ``--logdir`` in which runs are made; empty for none.
+        paths: flags that name files; they are recorded as absolute paths.
+    """
+
+    sampler: Sampler
+    images: int
+    batch_size: int
+    model_config: dict[str, Any]
+    architecture: dict[str, Any]
+    model_name: str
+    paths: tuple[str, ...]
+
+    def plan(self, parser: Parser) -> QuantPlan:
+        """How the network is to be quantized."""
+        ...
+
+    def calibration_samples(self) -> CalibrationSet:
+        """What a calibration works on."""
+        ...
+
+    def network(self, *, weights: bool) -> nn.Module:
+        """The UNet on the CPU in evaluation mode, with its full-precision weights where they are wanted.
+
+        Called once, before anything else of the model is used.
+        """
+        ...
+
+    def to_images(self, samples: Tensor) -> Tensor:
+        """What the sampler made -> N x C x H x W in [0, 1]."""
+        ...
+
+    def finish(self, folder: RunFolder, *, changed: bool) -> None:
+        """After the last image: what is made of all of them. ``changed``: some of them are new."""
+        ...
+
+
+def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: Sequence[str]) -> None:
+    """Everything that can be wrong is looked at first; then the run folder is made and the work starts.
+
+    Args:
+        command: the words that were typed, for the note on how to continue.
+    """
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    plan = task.plan(parser) if args.ptq else None
+    options = run_options(args, task, plan)
+    folder = RunFolder.find(args.logdir, options)
+    if plan is not None and folder is not None:
+        plan = plan.continued_in(folder.path)
+    calibrates = plan is not None and plan.calibrates
+    data = task.calibration_samples() if calibrates and needs_calibration_set(args) else None
+    plan = plan and plan.for_samples(data)
+
+    model = task.network(weights=plan is None or not plan.standalone)
+    if plan is not None:
+        model = quantized_model(model, plan)
+    if calibrates:
+        check_room(args.logdir, room_needed(model))
+    if WORKERS.rank == 0:
+        folder = folder or RunFolder.create(args.logdir, options, model_name=task.model_name)
+        folder.tidy()
+    path = WORKERS.same(folder and folder.path)
+    model = model.to(task.sampler.device)
+
+    def calibrated() -> None:
+        with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
+            facts, budget = task.model_config, memory_budget(args, path)
+            calibrate_and_save(model, plan, data, path, facts, tensorboard=args.tensorboard, budget=budget)
+
+    if WORKERS.rank > 0:  # helps the first process to calibrate
+        if calibrates:
+            calibrated()
+        return
+    with folder.logging(command, verbose=args.verbose):
+        if calibrates:
+            calibrated()
+        else:
+            remove_progress(folder.path)  # of a process that was killed between its checkpoints and their tidying up
+        sample_images(model, task, folder, args)
+
+
+def run_options(args: argparse.Namespace, task: SamplingTask, plan: QuantPlan | None) -> dict[str, Any]:
+    """What ``sampling_config.yaml`` records: every flag as it was resolved, and the model."""
+    flags: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in ("given", "help")}
+    for name in (*task.paths, "cali_ckpt", "cali_data_path"):
+        if flags[name] is not None:
+            flags[name] = str(Path(flags[name]).absolute())  # the same file from wherever the run is continued
+    flags["device"] = str(resolve_device(args.device))
+    flags["batch_size"] = task.batch_size
+    flags["precision"] = inference_config(args).precision  # decides images, while the device may change
+    if plan is not None:
+        flags |= plan.resolved_flags()
+    return flags | {"model_config": task.model_config}
+
+
+def ready_to_sample(model: nn.Module, sampler: Sampler, args: argparse.Namespace, batch_size: int) -> NoiseModel:
+    """The network in the precision of the flags, compiled if they say so, for batches of so many images."""
+    if batch_size == 0:
+        return model
+    started = time.perf_counter()
+    predict = prepare(
+        model,
+        inference_config(args),
+        shape=(batch_size * sampler.rows_per_image, *sampler.image_shape),
+        device=sampler.device,
+        context_shape=sampler.context_shape,
+        cuda_graph=args.compile and sampler.device.type == "cuda",
+    )
+    if args.compile:
+        logger.info("compiled for batches of %d in %.0f s", batch_size, time.perf_counter() - started)
+    return predict
+
+
+def sample_images(model: nn.Module, task: SamplingTask, folder: RunFolder, args: argparse.Namespace) -> None:
+    """Make the images that are missing, and what is made of all of them."""
+    missing, total = folder.missing_images(task.images), task.images
+    done = total - len(missing)
+    if folder.continued and missing:
+        logger.info("%d of %d images are there; going on at %06d", done, total, missing[0])
+    with lower_on_out_of_memory("--batch_size", task.batch_size), image_bar(total, done) as bar:
+        predict = ready_to_sample(model, task.sampler, args, min(task.batch_size, len(missing)))
+        sample = with_bar(task.sampler, predict, bar)
+        for indices in batches(missing, task.batch_size):
+            folder.save_images(indices, task.to_images(sample(indices)))
+            done += len(indices)
+            bar.update(done - bar.n)  # the exact number, after fractions of it
+    grid = folder.save_grid(total)
+    task.finish(folder, changed=bool(missing))
+    if grid is not None:
+        logger.info("images 000000 to %06d in %s; %s shows the first", total - 1, folder.images, grid.name)
+
+
+def image_bar(total: int, done: int = 0) -> tqdm:
+    """Progress in images; it moves on within a batch too, by fractions of them."""
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    return tqdm(total=total, initial=done, unit=" images", desc="sampling", bar_format=layout, smoothing=0.05)
+
+
+def with_bar(sampler: Sampler, model: NoiseModel, bar: tqdm) -> Callable[..., Tensor]:
+    """The sampler for one model, (indices, on_step=None) -> samples, moving a bar at each model call."""
+
+    def sample(indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        def both(k: int, t: float, x: Tensor) -> None:
+            bar.update(min(len(indices) / sampler.n_steps, bar.total - bar.n))  # rounding must not pass the end
+            if on_step is not None:
+                on_step(k, t, x)
+
+        return sampler(model, indices, both)
+
+    return sample
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as YAML and JSON give it back: lists for tuples."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): convert(inner) for key, inner in value.items()}
+        return [convert(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return convert(config)

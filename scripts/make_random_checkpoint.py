@@ -1,0 +1,11 @@
+"""Write a full-size latent checkpoint with random weights; ``--help`` lists the flags."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from qdiff.cli.make_random_checkpoint import main
+
+if __name__ == "__main__":
+    sys.exit(main())
