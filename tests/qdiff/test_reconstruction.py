@@ -406,7 +406,7 @@ def test_both_paths_agree(phase: str, path: str, device: str) -> None:
     for a, b in zip(fast.trace, eager.trace, strict=True):
         assert a.iteration == b.iteration
         # On the way a point is the mean over two or three small batches, where one rounding that falls the other way
-        # shows: 1.2e-4 at most on an H100 (block, activations). The loss that remains is held to 1e-4 above.
+        # shows: 1.2e-4 was seen on an H100 (block, activations). The loss that remains is held to 1e-4 above.
         assert a.loss == pytest.approx(b.loss, rel=1e-4 if device == "cpu" else 1e-3)
         assert a.rounding_loss == pytest.approx(b.rounding_loss, rel=1e-4)
         assert a.temperature == b.temperature
