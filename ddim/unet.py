@@ -170,18 +170,21 @@ class Stage(NamedTuple):
 
 @dataclass
 class Flow:
-    """What travels from stage to stage: feature map, timesteps, their embedding, context, the open U connections."""
+    """What travels from stage to stage: feature map, timesteps, their embedding, context, the open U connections.
+
+    A connection may be None in a flow that is stored: whoever goes on from there knows how to come by it.
+    """
 
     h: Tensor
     t: Tensor
     context: Tensor | None = None
     temb: Tensor | None = None
-    skips: list[Tensor] = field(default_factory=list)
+    skips: list[Tensor | None] = field(default_factory=list)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Flow:
         """A new flow of ``fn`` applied to every tensor (to move, to copy, to measure)."""
-        context, temb = (None if x is None else fn(x) for x in (self.context, self.temb))
-        return Flow(fn(self.h), fn(self.t), context, temb, [fn(skip) for skip in self.skips])
+        context, temb, *skips = (None if x is None else fn(x) for x in (self.context, self.temb, *self.skips))
+        return Flow(fn(self.h), fn(self.t), context, temb, skips)
 
     def for_stage(self, stage: Stage, fn: Callable[[Tensor], Tensor]) -> Flow:
         """A new flow in which ``fn`` was applied to what the stage takes, and only to that."""

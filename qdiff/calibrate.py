@@ -25,7 +25,7 @@ from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.memory import Collector, MemoryBudget
+from qdiff.memory import Collector, MemoryBudget, gpu_limit
 from qdiff.primitives import reconstruction_loss
 from qdiff.progress import CalibrationProgress, FinishedUnit
 from qdiff.quant_model import QuantModel, Unit, evaluating
@@ -97,7 +97,8 @@ def calibrate(
         raise ValueError("calibration samples are needed to learn rounding, to set activation ranges or to fit scales")
     phases = learning_phases(qnn, mode=mode, weights_done=weights_done)
     tally = _Tally(len(qnn.units()) * len(phases), on_unit)
-    with evaluating(qnn), arithmetic(capturing(config), next(qnn.parameters()).device):
+    device = next(qnn.parameters()).device
+    with evaluating(qnn), arithmetic(capturing(config), device), gpu_limit(budget, device):
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":

@@ -8,15 +8,26 @@ quantized so far, its target from full precision (Q-Diffusion, section 3.2; BREC
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.memory import Collector, MemoryBudget, MemoryPlan, Shelf, measure, unpacked
+from qdiff.memory import (
+    Collector,
+    Kept,
+    MemoryBudget,
+    MemoryPlan,
+    Shelf,
+    Storage,
+    connection_origins,
+    measure,
+    unpacked,
+)
 from qdiff.quant_model import QuantModel, Unit
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
@@ -31,7 +42,6 @@ class UnitData:
         tail: the rows that follow these.
         pinned: they lie in host memory that a GPU can read by itself.
         t: the timestep of every row, for quantizers that depend on it.
-        owners: kept as long as the rows are.
     """
 
     def __init__(
@@ -44,7 +54,6 @@ class UnitData:
         t: Tensor | None = None,
     ):
         self.inputs, self.target, self.tail, self.pinned, self.t = tuple(inputs), target, tail, pinned, t
-        self.owners: tuple[Collector, ...] = ()
 
     def __len__(self) -> int:
         return len(self.target) + (0 if self.tail is None else len(self.tail))
@@ -98,22 +107,60 @@ def _leaving(units: list[Unit], collectors: dict[str, Collector]) -> Iterator[No
 class Frontier:
     """The calibration set as it stands before one stage of one network, in chunks.
 
+    What is not kept is computed anew from the set whenever a stage takes it, through the stages that lead there, and
+    rounded between them as it would be where it waits: it comes to the same numbers.
+
     Args:
         qnn: the network; its quantization state while a stage runs is the caller's choice.
         inputs: the network's inputs, each N x ... (noisy images, timesteps, context).
         chunk: samples run at once.
         device: where the network is; shelf: where features wait.
+        kept: what waits before each stage; None: everything.
     """
 
-    def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], *, chunk: int, device: torch.device, shelf: Shelf):
-        self.unet, self.clock, self.device, self.shelf = qnn.model, qnn.clock, device, shelf
+    def __init__(
+        self,
+        qnn: QuantModel,
+        inputs: tuple[Tensor, ...],
+        *,
+        chunk: int,
+        device: torch.device,
+        shelf: Shelf,
+        kept: Sequence[Kept] | None = None,
+    ):
+        self.unet, self.clock, self.device, self.shelf, self.kept = qnn.model, qnn.clock, device, shelf, kept
+        self._stages, self._origins = self.unet.stages(), connection_origins(self.unet.stages())
+        self._number = 0  # of the next stage
         parts = zip(*(x.split(chunk) for x in inputs), strict=True)
-        self._flows = [self._stored(self.unet.begin(*(x.to(device) for x in part))) for part in parts]
+        starts = (self.unet.begin(*(x.to(device) for x in part)) for part in parts)
+        if kept is None:
+            self._flows: list[Any] = [_once_each(start, shelf.keep) for start in starts]
+            return
+        self._starts = [_once_each(start, lambda x: shelf.rounded(x).cpu()) for start in starts]
+        self._flows = list(self._starts)
 
     @property
     def flows(self) -> Iterator[Any]:
-        """What waits before the next stage, chunk by chunk."""
-        yield from self._flows
+        """What waits before the next stage, with all that the stage takes, chunk by chunk."""
+        for index in range(len(self._flows)):
+            yield self._complete(index)
+
+    def _complete(self, index: int) -> Any:
+        """A chunk before the next stage; of what was not kept, all that the stage takes was computed anew."""
+        flow = self._flows[index]
+        if flow is None:
+            return self._anew(index, self._number)
+        if self._stages[self._number].joins and flow.skips[-1] is None:
+            skip = self._anew(index, self._origins[self._number]).skips[-1]
+            return dataclasses.replace(flow, skips=[*flow.skips[:-1], skip])
+        return flow
+
+    def _anew(self, index: int, number: int) -> Any:
+        """A chunk before a stage, from the set."""
+        flow = self._starts[index]
+        for stage in self._stages[:number]:
+            flow = _once_each(self._moved(flow, stage), self.shelf.rounded)
+        return flow
 
     @torch.no_grad()
     def outputs(self, stage: Any, units: list[Unit], place: Callable[[Unit], Collector]) -> dict[str, Collector]:
@@ -136,7 +183,7 @@ class Frontier:
             for flow in self.flows:
                 reached = False
                 try:
-                    self.unet.advance(unit.stage, self._ready(flow, unit.stage))
+                    self._moved(flow, unit.stage)
                 except _Reached:
                     reached = True
                 if not reached:
@@ -148,54 +195,34 @@ class Frontier:
     @torch.no_grad()
     def advance(self, stage: Any) -> None:
         """Move the whole set through one stage."""
-        for index, flow in enumerate(self._flows):
-            self._flows[index] = self._moved(flow, stage)
+        if stage != self._stages[self._number]:
+            raise RuntimeError(f"{stage.path} is not the next stage, which is {self._stages[self._number].path}")
+        for index in range(len(self._flows)):
+            self._flows[index] = self._stored(self._moved(self._complete(index), stage))
+        self._number += 1
 
     def _moved(self, flow: Any, stage: Any) -> Any:
-        """A chunk behind the stage, stored."""
-        moved = self._ready(flow, stage)
-        self.unet.advance(stage, moved)
-        return self._stored(moved)
-
-    def _ready(self, flow: Any, stage: Any) -> Any:
-        """What the stage takes, on the device in full precision; the rest of the flow stays as it waits."""
+        """A chunk behind the stage, where it was computed."""
         self.clock.set(flow.t.to(self.device))
-        return flow.for_stage(stage, lambda x: unpacked(x.to(self.device)))
+        moved = flow.for_stage(stage, lambda x: unpacked(x.to(self.device)))
+        self.unet.advance(stage, moved)
+        return dataclasses.replace(moved, t=flow.t, context=flow.context)  # no stage changes them
 
     def _stored(self, flow: Any) -> Any:
-        kept: dict[int, Tensor] = {}  # a feature that leads on and waits for the way up too is stored once
-        return flow.map(lambda x: kept[id(x)] if id(x) in kept else kept.setdefault(id(x), self.shelf.keep(x)))
+        """What shall wait of a chunk behind the next stage; None: nothing."""
+        if self.kept is not None and self._number + 1 < len(self.kept):
+            trunk, skips = self.kept[self._number + 1]
+            if not trunk:
+                return None
+            pairs = zip(flow.skips, skips, strict=True)
+            flow = dataclasses.replace(flow, skips=[skip if keep else None for skip, keep in pairs])
+        return _once_each(flow, self.shelf.keep)
 
 
-class RecomputedFrontier(Frontier):
-    """The same without keeping anything but the set: features are computed anew whenever they are asked for.
-
-    They are rounded between stages as those that are kept are, so that both come to the same numbers.
-    """
-
-    def __init__(self, qnn: QuantModel, inputs: tuple[Tensor, ...], **options: Any):
-        super().__init__(qnn, inputs, **options)
-        self._flows = [flow.map(Tensor.cpu) for flow in self._flows]
-        self._passed: list[Any] = []
-
-    @property
-    def flows(self) -> Iterator[Any]:
-        for start in self._flows:
-            flow = start
-            for stage in self._passed:
-                flow = self._moved(flow, stage)
-            yield flow
-
-    def outputs(self, stage: Any, units: list[Unit], place: Callable[[Unit], Collector]) -> dict[str, Collector]:
-        collectors = {unit.path: place(unit) for unit in units}
-        with _leaving(units, collectors), torch.no_grad():
-            for flow in self.flows:
-                self._moved(flow, stage)
-        self._passed.append(stage)
-        return collectors
-
-    def advance(self, stage: Any) -> None:
-        self._passed.append(stage)
+def _once_each(flow: Any, place: Callable[[Tensor], Tensor]) -> Any:
+    """A flow whose tensors went through ``place``; a feature that leads on and waits for the way up too did so once."""
+    placed: dict[int, Tensor] = {}
+    return flow.map(lambda x: placed[id(x)] if id(x) in placed else placed.setdefault(id(x), place(x)))
 
 
 class _Reached(Exception):  # noqa: N818 - nothing went wrong
@@ -212,7 +239,7 @@ class PairedCapture:
         budget: what they may take; None takes what is free.
 
     Attributes:
-        memory: where everything waits.
+        memory: the plan of where everything waits.
     """
 
     def __init__(
@@ -241,9 +268,14 @@ class PairedCapture:
             seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
         )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
-        options = {"chunk": self.memory.chunk, "device": self.device}
-        kind = RecomputedFrontier if self.memory.features == "nowhere" else Frontier
-        self._quantized, self._full = (kind(qnn, inputs, shelf=self.memory.shelf(), **options) for _ in range(2))
+        self._storage = Storage(self.memory)
+        kept = zip(*self.memory.kept(), strict=True) if self.memory.features == "partly" else (None, None)
+        self._quantized, self._full = (
+            Frontier(
+                qnn, inputs, chunk=self.memory.chunk, device=self.device, shelf=self._storage.shelf(), kept=network
+            )
+            for network in kept
+        )
         self._full_is_ahead = False
 
     @torch.no_grad()
@@ -278,12 +310,12 @@ class PairedCapture:
             raise RuntimeError(f"the targets of {stage.path} were handed out already")
         self._full_is_ahead = True
         with self.qnn.quant_state(False, False):
-            return self._full.outputs(stage, self.qnn.units_of(stage), self.memory.collector)
+            return self._full.outputs(stage, self.qnn.units_of(stage), self._storage.collector)
 
     def inputs(self, unit: Unit) -> Collector:
         """What reaches a unit from the network as quantized so far, the units before it in its stage included."""
         with self.qnn.quant_state(True, self.act_quant):
-            return self._quantized.inputs(unit, self.memory.collector(unit))
+            return self._quantized.inputs(unit, self._storage.collector(unit))
 
     def data(self, unit: Unit, targets: dict[str, Collector]) -> UnitData:
         """A unit's inputs and its target, which is taken out of ``targets`` (of its stage, see :meth:`targets`)."""
@@ -295,8 +327,6 @@ def unit_data(inputs: Collector, target: Collector, t: Tensor | None = None) -> 
     heads, tails = inputs.parts()
     (head,), target_tails = target.parts()
     tail = UnitData(tails, target_tails[0], pinned=inputs.pinned) if len(target_tails[0]) else None
-    if tail is not None:
-        tail.owners = inputs, target  # pinned memory is given back with them
     return UnitData(heads, head, tail, t=t)
 
 

@@ -2,9 +2,10 @@
 
 Two things are large. *Features*: the calibration set as it stands before the next stage, of both networks. *A unit's
 data*: its inputs and targets, of which every iteration takes a batch. A :class:`MemoryPlan` places the features as
-near as a budget allows, or nowhere: where neither the GPU nor the host has room, they are computed anew from the set
-whenever they are wanted, if that is quicker than a file. Of each unit's data as many rows stay on the GPU as fit; the
-rest lie in pinned host memory, which the GPU reads by itself while it computes, or in files mapped into memory.
+near as a budget allows: all of them on the GPU or on the host; or on the host as far as there is room and the rest
+computed anew from the set whenever it is wanted, if that is quicker than a file; or in files. Of each unit's data as
+many rows stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads by
+itself while it computes, or in files mapped into memory.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdiff import fused
+from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.quant_model import QuantModel
 
-Place = Literal["gpu", "host", "disk", "nowhere"]
+Place = Literal["gpu", "host", "partly", "disk"]
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.6  # of what is free, where no budget is given
 GIB = 2**30
 _WORKING_COPIES = 6  # of a chunk's largest feature, in float32, that a forward pass holds at once
-_SMALLEST_CHUNK, _LARGEST_BATCH = 16, 64
+_SMALLEST_CHUNK, _LARGEST_BATCH = 16, 128
+_LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
+_ARENA_SLACK = 1.05  # pieces of other sizes leave gaps
 _FILE_BYTES_PER_SECOND = 1e9  # what a file may be expected to take and give
 _TRAVELLED = 6  # times the largest features' bytes: what one phase writes and reads again, roughly
 
@@ -47,7 +51,9 @@ class MemoryBudget:
     """What a calibration may take.
 
     Attributes:
-        gpu_bytes, host_bytes: in all; None: most of what is free.
+        gpu_bytes: for everything that PyTorch puts on the GPU, what is there already included; None: most of what is
+            free.
+        host_bytes: for the whole process; None: most of what is free, for captured data.
         folder: for files of captured data, which are removed with the calibration; None: the system's temporary one.
     """
 
@@ -57,16 +63,35 @@ class MemoryBudget:
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """What waits before one stage of a network, in bytes a sample.
+
+    Attributes:
+        trunk: the feature map, and what goes along with it.
+        skips: each open U connection, the oldest first; one that is the feature map itself takes nothing more.
+        units: paths of the units in the stage.
+        origin: of the connection that the stage joins: the number of the first stage before which it waits.
+    """
+
+    trunk: int
+    skips: tuple[int, ...] = ()
+    units: tuple[str, ...] = ()
+    origin: int | None = None
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes a sample.
 
     Attributes:
         features: of one network's features between two stages, at their largest.
         units: of each unit's inputs and output, by path.
+        boundaries: one before each stage.
     """
 
     features: int
     units: dict[str, int]
+    boundaries: tuple[Boundary, ...] = ()
 
 
 @torch.no_grad()
@@ -85,19 +110,44 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return record
 
     handles = [unit.module.register_forward_hook(seen(unit.path)) for unit in qnn.units()]
-    largest = 0
+    boundaries: list[Boundary] = []
+    origins = connection_origins(qnn.model.stages())
     try:
         flow = qnn.model.begin(*sample)
         with qnn.quant_state(False, False):
-            for stage in qnn.model.stages():
-                travelling: dict[int, int] = {}
-                flow.map(lambda x, held=travelling: held.setdefault(id(x), size(x)) and x)
-                largest = max(largest, sum(travelling.values()))
+            for number, stage in enumerate(qnn.model.stages()):
+                skips = tuple(0 if skip is flow.h else size(skip) for skip in flow.skips)
+                trunk = sum(size(x) for x in (flow.h, flow.t, flow.temb, flow.context) if x is not None)
+                paths = tuple(unit.path for unit in qnn.units_of(stage))
+                boundaries.append(Boundary(trunk, skips, paths, origins[number]))
                 qnn.model.advance(stage, flow)
     finally:
         for handle in handles:
             handle.remove()
-    return Sizes(largest, units)
+    return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries))
+
+
+def connection_origins(stages: Sequence[Any]) -> list[int | None]:
+    """For each stage that joins a U connection: the number of the first stage before which that one is open."""
+    left: list[int] = []
+    origins = []
+    for number, stage in enumerate(stages):
+        origins.append(left.pop() if stage.joins else None)
+        if stage.leaves:
+            left.append(number + 1)
+    return origins
+
+
+class Kept(NamedTuple):
+    """What of one network's features waits before a stage; the rest is computed anew.
+
+    Attributes:
+        trunk: without it nothing is kept.
+        skips: for each open U connection, the oldest first.
+    """
+
+    trunk: bool
+    skips: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -106,8 +156,9 @@ class MemoryPlan:
 
     Attributes:
         rows: samples of the calibration set; chunk: of them at once through a network.
-        features: place of both networks' features; feature_bytes: what they take.
+        features: place of both networks' features; feature_bytes: what all of them take.
         unit_gpu_bytes: for one unit's data on the GPU; unit_host_bytes: in pinned memory.
+        host_bytes: for both.
     """
 
     rows: int
@@ -116,6 +167,7 @@ class MemoryPlan:
     feature_bytes: int
     unit_gpu_bytes: int
     unit_host_bytes: int
+    host_bytes: int
     sizes: Sizes
     compact: bool
     on_gpu: bool
@@ -144,44 +196,50 @@ class MemoryPlan:
         budget = budget or MemoryBudget()
         on_gpu = device.type == "cuda"
         features, largest = 2 * rows * sizes.features, max(sizes.units.values())
-        host = budget.host_bytes if budget.host_bytes is not None else int(HOST_SHARE * free_host_bytes())
+        host = _host_room(budget)
         gpu = 0
         if on_gpu:
             gpu, chunk = _gpu_room(budget, device, largest * (2 if compact else 1), min(chunk, rows))
+        chunk = min(chunk, rows)
         unit = rows * largest
+
+        def plan(place: Place, gpu: int, unit_host: int) -> MemoryPlan:
+            return cls(
+                rows=rows,
+                chunk=chunk,
+                features=place,
+                feature_bytes=features,
+                unit_gpu_bytes=gpu,
+                unit_host_bytes=max(0, unit_host),
+                host_bytes=host,
+                sizes=sizes,
+                compact=compact,
+                on_gpu=on_gpu,
+                folder=budget.folder,
+            )
+
         if on_gpu and features + unit <= gpu:
-            place: Place = "gpu"
-        elif features + (0 if on_gpu else unit) <= host // 2:
-            place = "host"
-        else:
-            place = "disk"
-            passes = len(sizes.units) * math.ceil(rows / chunk)  # half of one a unit, for each of the two networks
-            if passes * seconds_of_pass(chunk) < _TRAVELLED * features / _FILE_BYTES_PER_SECOND:
-                place = "nowhere"
-                gpu = max(0, gpu - chunk * sizes.features * (2 if compact else 1))
-        return cls(
-            rows=rows,
-            chunk=min(chunk, rows),
-            features=place,
-            feature_bytes=features,
-            unit_gpu_bytes=gpu - (features if place == "gpu" else 0),
-            unit_host_bytes=max(0, host - (features if place == "host" else 0)),
-            sizes=sizes,
-            compact=compact,
-            on_gpu=on_gpu,
-            folder=budget.folder,
-        )
+            return plan("gpu", gpu - features, host)
+        whole = plan("host", gpu, host - features)
+        if on_gpu and features + max(map(whole.far_bytes, sizes.units)) <= host:
+            return whole
+        if not on_gpu and features + unit <= host // 2:
+            return whole
+        files = plan("disk", gpu, host)
+        partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
+        seconds = seconds_of_pass(chunk) * math.ceil(rows / chunk)
+        quicker = partly.passes() * seconds < _TRAVELLED * features / _FILE_BYTES_PER_SECOND
+        return partly if quicker else files
 
     def __str__(self) -> str:
         where = {
             "gpu": "on the GPU",
             "host": "in host memory",
+            "partly": "in host memory as far as there is room, computed anew where not",
             "disk": "in files",
-            "nowhere": "computed anew for each unit",
         }[self.features]
         near = [self.gpu_rows(path) for path in self.sizes.units]
-        size = "features" if self.features == "nowhere" else f"{self.feature_bytes / GIB:.2f} GiB of features"
-        parts = [f"{size} {where}, {self.chunk} samples at once"]
+        parts = [f"{self.feature_bytes / GIB:.2f} GiB of features {where}, {self.chunk} samples at once"]
         largest = self.rows * max(self.sizes.units.values()) / GIB
         if self.on_gpu:
             resident = sum(rows == self.rows for rows in near)
@@ -195,17 +253,113 @@ class MemoryPlan:
             return self.rows
         return min(self.rows, self.unit_gpu_bytes // max(1, self.sizes.units[path]))
 
+    def far_bytes(self, path: str) -> int:
+        """What of a unit's data has no room where it computes."""
+        return (self.rows - self.gpu_rows(path)) * self.sizes.units[path]
+
+    def _unit_on_host(self, path: str) -> int:
+        if not self.on_gpu:
+            return self.rows * self.sizes.units[path]
+        far = self.far_bytes(path)
+        return far if far <= self.unit_host_bytes else 0  # else in a file
+
+    @property
+    def largest_far(self) -> int:
+        """Of all units that fit into host memory."""
+        return max(map(self._unit_on_host, self.sizes.units), default=0)
+
+    def kept(self) -> list[tuple[Kept, Kept]]:
+        """What of the quantized and the full-precision network's features is on the host before each stage.
+
+        The stage's units come first. Then feature maps, without which everything has to be computed anew, then
+        connections, the small ones first: the large ones were left by early stages, which is a short way from the set.
+        """
+        there: list[list[bool]] = [[], []]  # of each network, the open connections that are there still
+        kept = []
+        for boundary in self.sizes.boundaries:
+            room = self.host_bytes / _ARENA_SLACK - max(map(self._unit_on_host, boundary.units), default=0)
+            trunks = []
+            for open_ in there:
+                open_[:] = (open_ + [True] * len(boundary.skips))[: len(boundary.skips)]
+                trunks.append(self.rows * boundary.trunk <= room)
+                room -= self.rows * boundary.trunk * trunks[-1]
+            for number in sorted(range(len(boundary.skips)), key=lambda i: boundary.skips[i]):
+                for open_, trunk in zip(there, trunks, strict=True):
+                    size = self.rows * boundary.skips[number]
+                    open_[number] = open_[number] and trunk and size <= room
+                    room -= size * open_[number]
+            kept.append(tuple(Kept(trunk, tuple(open_)) for trunk, open_ in zip(trunks, there, strict=True)))
+            for open_, trunk in zip(there, trunks, strict=True):
+                if not trunk:  # the next stage is reached from the set, with all connections
+                    open_[:] = [True] * len(open_)
+        return kept
+
+    def passes(self) -> float:
+        """Forward passes in which a phase computes anew what is not kept; all stages are taken to cost the same."""
+        total = 0.0
+        for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
+            sweeps = len(boundary.units) + 1, 1  # inputs of each unit and the way on; targets on the way on
+            for kept, times in zip(networks, sweeps, strict=True):
+                if not kept.trunk:
+                    total += times * number
+                elif boundary.origin is not None and not kept.skips[-1]:
+                    total += times * boundary.origin
+        return total / max(1, len(self.sizes.boundaries))
+
+    @property
+    def arena_bytes(self) -> int:
+        """Pinned memory for the features and the rows that lie on the host."""
+        if not self.on_gpu:
+            return 0
+        if self.features in ("gpu", "disk"):
+            return int(min(self.host_bytes, _ARENA_SLACK * self.largest_far))
+        if self.features == "host":
+            return int(min(self.host_bytes, _ARENA_SLACK * (self.feature_bytes + self.largest_far)))
+        return max(0, self.host_bytes)
+
+
+class Storage:
+    """The places of a plan, taken.
+
+    Attributes:
+        plan: what lies where.
+        arena: the pinned memory, where some is needed.
+    """
+
+    def __init__(self, plan: MemoryPlan):
+        self.plan = plan
+        self.arena = Arena(plan.arena_bytes) if plan.arena_bytes else None
+
     def shelf(self) -> Shelf:
         """A place for one network's features."""
-        return Shelf(self.features, compact=self.compact, folder=self.folder)
+        plan = self.plan
+        return Shelf(plan.features, compact=plan.compact, folder=plan.folder, arena=self.arena)
 
     def collector(self, unit: Any) -> Collector:
         """A place for a unit's inputs, or its outputs."""
-        near = self.gpu_rows(unit.path)
-        far_bytes = (self.rows - near) * self.sizes.units[unit.path]
+        plan = self.plan
         return Collector(
-            self.rows, near, compact=self.compact, pinned=far_bytes <= self.unit_host_bytes, folder=self.folder
+            plan.rows,
+            plan.gpu_rows(unit.path),
+            compact=plan.compact,
+            pinned=plan.far_bytes(unit.path) <= plan.unit_host_bytes,
+            folder=plan.folder,
+            arena=self.arena,
         )
+
+
+def _host_room(budget: MemoryBudget) -> int:
+    """Bytes of host memory for captured data."""
+    if budget.host_bytes is None:
+        return int(HOST_SHARE * free_host_bytes())
+    there = resident_bytes() + _LOADED_LATER
+    if there > budget.host_bytes:
+        log.warning(
+            "the process takes %.1f of the %.1f GiB of host memory allowed, without any captured data",
+            there / GIB,
+            budget.host_bytes / GIB,
+        )
+    return max(0, budget.host_bytes - there)
 
 
 def _gpu_room(budget: MemoryBudget, device: torch.device, largest: int, chunk: int) -> tuple[int, int]:
@@ -215,7 +369,7 @@ def _gpu_room(budget: MemoryBudget, device: torch.device, largest: int, chunk: i
     idle = torch.cuda.memory_reserved(device) - used
     total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle))
     room = total - used
-    while chunk > _SMALLEST_CHUNK and _WORKING_COPIES * largest * chunk > room // 3:
+    while chunk > _SMALLEST_CHUNK and _WORKING_COPIES * largest * chunk > room // 2:
         chunk //= 2
     working = _WORKING_COPIES * largest * max(chunk, _LARGEST_BATCH)
     if working > room:
@@ -237,6 +391,11 @@ def free_host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def resident_bytes() -> int:
+    """Memory that this process takes now; 0 where the system does not say."""
+    return _status_bytes("VmRSS:")
+
+
 def forget_host_peak() -> None:
     """Let :func:`host_peak_bytes` start anew, where the system can."""
     with contextlib.suppress(OSError):
@@ -245,11 +404,46 @@ def forget_host_peak() -> None:
 
 def host_peak_bytes() -> int:
     """The most memory this process had in use since :func:`forget_host_peak`; 0 where the system does not say."""
+    return _status_bytes("VmHWM:")
+
+
+def _status_bytes(name: str) -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+# The GPU's limit.
+
+_limited: set[torch.device] = set()
+
+
+@contextlib.contextmanager
+def gpu_limit(budget: MemoryBudget | None, device: torch.device) -> Iterator[None]:
+    """Inside the ``with`` block PyTorch takes no more of a GPU than the budget says, trial workspaces included.
+
+    What the driver takes for itself (its context, code, recorded graphs) comes on top.
+    """
+    if device.type != "cuda" or budget is None or budget.gpu_bytes is None:
+        yield
+        return
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget.gpu_bytes / total), device)
+    _limited.add(device)
+    try:
+        yield
+    finally:
+        _limited.discard(device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def give_back_unused(device: torch.device) -> None:
+    """Where a limit is set, free what PyTorch holds but does not use: a graph being recorded cannot do so itself."""
+    if device in _limited:
+        torch.cuda.empty_cache()
 
 
 # Types.
@@ -284,19 +478,27 @@ class Shelf:
     Args:
         compact: in half precision.
         folder: of files.
+        arena: pinned memory, for the host's.
     """
 
-    def __init__(self, place: Place, *, compact: bool, folder: Path | None = None):
-        self.place, self.compact, self.folder = place, compact, folder
+    def __init__(self, place: Place, *, compact: bool, folder: Path | None = None, arena: Arena | None = None):
+        self.place, self.compact, self.folder, self.arena = place, compact, folder, arena
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` as it would come back, where it is."""
+        return packed(x) if self.compact else x
 
     def keep(self, x: Tensor) -> Tensor:
         """``x`` where it shall wait; itself where it is there already."""
-        x = packed(x) if self.compact else x
-        if self.place in ("gpu", "nowhere") or (x.device.type == "cpu" and (self.place == "host" or _is_mapped(x))):
+        x = self.rounded(x)
+        if self.place == "gpu":
             return x
-        if self.place == "host":
-            return x.cpu()
-        return mapped_empty(x, self.folder).copy_(x)
+        if self.place == "disk":
+            return x if x.device.type == "cpu" and _is_mapped(x) else mapped_empty(x, self.folder).copy_(x)
+        if x.device.type == "cpu":
+            return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
+        flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
+        return x.cpu() if flat is None else _laid_out_like(flat, x).copy_(x)
 
 
 def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:
@@ -335,17 +537,6 @@ def _laid_out_like(flat: Tensor, like: Tensor) -> Tensor:
     return flat.view(like.shape)
 
 
-def pinned_empty(rows: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Host memory that the GPU can read by itself: rows x length, no more than that is taken."""
-    x = torch.empty(rows, length, dtype=dtype)
-    size = x.numel() * x.element_size()
-    if size:
-        runtime = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(x.data_ptr(), size, 0)))
-        weakref.finalize(x, runtime.cudaHostUnregister, x.data_ptr())
-    return x
-
-
 @dataclass(frozen=True)
 class _Layout:
     """Where the rows of one collector go; see :class:`Collector`."""
@@ -355,6 +546,7 @@ class _Layout:
     compact: bool
     pinned: bool
     folder: Path | None
+    arena: Arena | None
 
 
 class Collector:
@@ -363,12 +555,22 @@ class Collector:
     Args:
         rows: how many will come; near: how many of them stay on the device they come from.
         compact: in half precision.
-        pinned: the others in pinned memory; otherwise in a file in ``folder``.
+        pinned: the others in host memory, out of ``arena`` where they come from a GPU; otherwise in a file in
+            ``folder``.
     """
 
-    def __init__(self, rows: int, near: int, *, compact: bool, pinned: bool = True, folder: Path | None = None):
+    def __init__(
+        self,
+        rows: int,
+        near: int,
+        *,
+        compact: bool,
+        pinned: bool = True,
+        folder: Path | None = None,
+        arena: Arena | None = None,
+    ):
         self.rows, self.pinned = rows, pinned
-        self._layout = _Layout(rows, near, compact, pinned, folder)
+        self._layout = _Layout(rows, near, compact, pinned, folder, arena)
         self.filled = 0
         self._stores: list[_RowStore] = []
 
@@ -404,8 +606,17 @@ class _RowStore:
             like = torch.empty(count, self.length, dtype=self.dtype, device="meta")
             return mapped_empty(like, self.layout.folder)
         if count and self.last:
-            return pinned_empty(count, self.length, self.dtype)
+            return self._pinned(count)
         return torch.empty(count, self.length, dtype=self.dtype)
+
+    def _pinned(self, count: int) -> Tensor:
+        """Out of the arena; where its gaps are too small, memory of its own: the GPU has to reach it."""
+        shape, arena = (count, self.length), self.layout.arena
+        piece = None if arena is None else arena.empty(shape, self.dtype, from_top=True)
+        if piece is None:
+            log.debug("%d rows of %d values get pinned memory of their own", *shape)
+            piece = Arena(count * self.length * self.dtype.itemsize + ALIGNMENT).empty(shape, self.dtype)
+        return piece
 
     def write(self, start: int, x: Tensor) -> None:
         rows = fused.rows_view(x) if self.last else x.reshape(len(x), -1)

@@ -41,7 +41,7 @@ from qdiff.learners import (
     rounding_progress,
     rounding_schedule,
 )
-from qdiff.memory import forget_host_peak, host_peak_bytes
+from qdiff.memory import forget_host_peak, give_back_unused, host_peak_bytes
 from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss, reconstruction_slope
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import Unit, evaluating, frozen_parameters
@@ -419,7 +419,8 @@ class _Stage:
 
     A graph knows addresses, not tensors: everything it was recorded with has to live as long as it is played.
 
-    Where some of the unit's rows wait in host memory, the next batch is fetched while the current one is computed with.
+    Where some of the unit's rows wait in host memory, the next batch is fetched while the current one is computed with,
+    from one graph to the next too.
     """
 
     def __init__(self, loop: _Loop):
@@ -458,18 +459,23 @@ class _Stage:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
+            if self.far:
+                self._fetch(self.buffers[0], 0)
             for _ in range(_GRAPH_WARMUP):
                 self.iterate(1)
                 self.counter.zero_()
         torch.cuda.current_stream(device).wait_stream(side)
         loop.learner.reset()
         loop.losses.zero_()
+        give_back_unused(device)
         lengths = [stop - start for start, stop in itertools.pairwise([0, *looks])]
         counts = {_UNROLL for n in lengths if n >= _UNROLL} | {n % _UNROLL for n in lengths if n % _UNROLL}
         for count in counts:
             self.graphs[count] = torch.cuda.CUDAGraph()
             with recording(self.graphs[count], side):
                 self.iterate(count)
+        if self.far:
+            self._fetch(self.buffers[0], 0)
         return self
 
     def advance(self, start: int, stop: int) -> None:
@@ -480,19 +486,26 @@ class _Stage:
             self.graphs[rest].replay()
 
     def iterate(self, count: int) -> None:
-        """Some iterations; no value is read back by the host, so they can be captured."""
+        """Some iterations; no value is read back by the host, so they can be captured.
+
+        With rows on the host the first batch is in the first buffer before, and the one after the last is there then.
+        """
         main = torch.cuda.current_stream(self.loop.device)
         for k in range(count):
             buffers = self.buffers[k % len(self.buffers)]
-            if not self.far or k == 0:
+            following = self.buffers[(k + 1) % 2 if self.far and k + 1 < count else 0]
+            meanwhile = self.far and following is not buffers
+            if not self.far:
                 self._fetch(buffers, 0)
-            if self.far and k + 1 < count:
+            if meanwhile:
                 self.fetching.wait_stream(main)
                 with torch.cuda.stream(self.fetching):
-                    self._fetch(self.buffers[(k + 1) % 2], 1)
+                    self._fetch(following, 1)
             self._compute(buffers)
-            if self.far and k + 1 < count:
+            if meanwhile:
                 main.wait_stream(self.fetching)
+            elif self.far:
+                self._fetch(following, 1)
             self.counter.add_(1)
 
     def _fetch(self, buffers: list[Tensor], ahead: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import logging
 import statistics
 import sys
 import tempfile
@@ -143,9 +144,11 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, iters: int = 2
     parser.add_argument("--cali_n", type=at_least(1), default=256, metavar="N", help="samples of each")
     parser.add_argument("--cali_data_path", type=Path, metavar="FILE", help="a set [noised random images]")
     parser.add_argument("--cali_precision", metavar="NAME", help="of the reconstruction [the calibration's default]")
-    parser.add_argument("--cali_gpu_gb", type=real(zero=False), metavar="GB", help="GPU memory, in all [what is free]")
     parser.add_argument(
-        "--cali_host_gb", type=real(zero=False), metavar="GB", help="host memory for data [what is free]"
+        "--cali_gpu_gb", type=real(zero=False), metavar="GB", help="GPU memory for PyTorch [what is free]"
+    )
+    parser.add_argument(
+        "--cali_host_gb", type=real(zero=False), metavar="GB", help="host memory of the process [what is free]"
     )
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits every time")
 
@@ -176,6 +179,7 @@ class Breakdown:
     """Where the time of one calibration went, in seconds.
 
     Attributes:
+        plans: where captured data wait, a line a phase.
         setup: from the start of the process: imports, weights, wrapping, the set.
         capture: collecting inputs and targets of units.
         ranges: of weights and activations.
@@ -196,6 +200,7 @@ class Breakdown:
     skipped: frozenset[str] = frozenset()
     peak_gpu_bytes: int = 0
     reserved_gpu_bytes: int = 0
+    plans: list[str] = field(default_factory=list)
 
     PARTS = ("setup", "capture", "ranges", "weights", "activations", "saving")
 
@@ -235,7 +240,8 @@ def benchmark_calibration(args: Any) -> Result:
     notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
     facts |= {"peak_gpu_bytes": parts.peak_gpu_bytes, "reserved_gpu_bytes": parts.reserved_gpu_bytes}
     facts |= {"peak_host_bytes": max((r.peak_host_bytes for r in parts.reports), default=0)}
-    facts |= {"units": [report_facts(r) for r in parts.reports]}
+    facts |= {"units": [report_facts(r) for r in parts.reports], "plans": parts.plans}
+    notes += parts.plans
     gpu, held, host = (facts[name] / 2**30 for name in ("peak_gpu_bytes", "reserved_gpu_bytes", "peak_host_bytes"))
     notes.append(
         f"At most {gpu:.2f} GiB of GPU memory in tensors, {held:.2f} GiB held for them; {host:.2f} GiB of host memory, "
@@ -274,7 +280,7 @@ def run_calibration(
     parts.setup = time.perf_counter() - started
 
     clock = _Clock(parts, device)
-    with clock.timing_ranges(qnn), only(chosen):
+    with clock.timing_ranges(qnn), only(chosen), heard(parts.plans):
         calibrate(qnn, data, options, on_unit=clock.unit_done, budget=budget)
     clock.finish()
     with tempfile.TemporaryDirectory() as folder:
@@ -284,6 +290,26 @@ def run_calibration(
         # Peaks are counted anew from unit to unit.
         parts.peak_gpu_bytes = max(torch.cuda.max_memory_allocated(device), *(r.peak_gpu_bytes for r in parts.reports))
     return parts
+
+
+@contextmanager
+def heard(lines: list[str]) -> Iterator[None]:
+    """Collect what a calibration says before its phases."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name == logger.name:
+                lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("qdiff"), Handler(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _Clock:

@@ -344,14 +344,14 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False) -> None:
         "--cali_gpu_gb",
         type=real(zero=False),
         metavar="GB",
-        help="GPU memory the calibration may take in all [most of what is free]",
+        help="GPU memory that PyTorch may take during the calibration, beside the driver's own [most of what is free]",
     )
     group.add_argument(
         "--cali_host_gb",
         type=real(zero=False),
         metavar="GB",
-        help="host memory that captured data may take; what fits neither here nor there goes to files [most of what "
-        "is free]",
+        help="host memory that the process may take; captured data for which there is no room are computed anew or lie "
+        "in files [most of what is free]",
     )
     group.add_argument(
         "--tensorboard",

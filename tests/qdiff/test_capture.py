@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qdiff.calibrate import find_act_ranges
-from qdiff.capture import Frontier, PairedCapture, RecomputedFrontier, UnitData
+from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.config import QuantConfig
 from qdiff.graphs import holding_garbage
-from qdiff.memory import Collector, Shelf
+from qdiff.memory import Collector, Kept, Shelf, measure
 from qdiff.quant_model import QuantModel
 
 from .conftest import noisy_inputs, with_grids
@@ -187,12 +188,20 @@ def test_rows_of_a_tail_follow() -> None:
             assert torch.equal(got, expected[index])
 
 
-def test_what_is_computed_anew_is_what_was_kept() -> None:
-    """To the bit, in half precision too, on both sides of a unit."""
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_what_is_computed_anew_is_what_was_kept(share: float) -> None:
+    """To the bit, in half precision too, on both sides of a unit, whichever features are kept."""
     qnn = with_grids(QuantConfig(4, split=True))
     inputs = noisy_inputs(5)
-    options = {"chunk": 2, "device": torch.device("cpu"), "shelf": Shelf("gpu", compact=True)}
-    kept, anew = Frontier(qnn, inputs, **options), RecomputedFrontier(qnn, inputs, **options)
+    options = {"chunk": 2, "device": torch.device("cpu")}
+    shelf, host = Shelf("gpu", compact=True), Shelf("partly", compact=True)
+    draw = random.Random(7)
+    sizes = measure(qnn, tuple(x[:1] for x in inputs), compact=True)
+    some = [
+        Kept(trunk := draw.random() < share, tuple(trunk and draw.random() < share for _ in boundary.skips))
+        for boundary in sizes.boundaries
+    ]
+    frontiers = Frontier(qnn, inputs, shelf=shelf, **options), Frontier(qnn, inputs, shelf=host, kept=some, **options)
 
     def found(collector: Collector) -> list[Tensor]:
         return [*collector.parts()[0]]
@@ -200,12 +209,19 @@ def test_what_is_computed_anew_is_what_was_kept() -> None:
     for stage in qnn.model.stages():
         units = qnn.units_of(stage)
         for unit in units:
-            pairs = zip(*(found(f.inputs(unit, Collector(5, 5, compact=False))) for f in (kept, anew)), strict=True)
+            pairs = zip(*(found(f.inputs(unit, Collector(5, 5, compact=False))) for f in frontiers), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
-        outputs = [f.outputs(stage, units, lambda unit: Collector(5, 5, compact=False)) for f in (kept, anew)]
+        outputs = [f.outputs(stage, units, lambda unit: Collector(5, 5, compact=False)) for f in frontiers]
         for unit in units:
             pairs = zip(*(found(out[unit.path]) for out in outputs), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_stages_come_in_order() -> None:
+    qnn = with_grids(QuantConfig(4))
+    frontier = Frontier(qnn, noisy_inputs(2), chunk=2, device=torch.device("cpu"), shelf=Shelf("gpu", compact=False))
+    with pytest.raises(RuntimeError, match="not the next stage"):
+        frontier.advance(qnn.model.stages()[1])
 
 
 def test_data_go_with_their_unit() -> None:

@@ -13,7 +13,19 @@ import torch
 from qdiff import memory
 from qdiff.calibrate import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.memory import BudgetError, Collector, MemoryBudget, MemoryPlan, Shelf, Sizes, mapped_empty, measure
+from qdiff.memory import (
+    Boundary,
+    BudgetError,
+    Collector,
+    Kept,
+    MemoryBudget,
+    MemoryPlan,
+    Shelf,
+    Sizes,
+    connection_origins,
+    mapped_empty,
+    measure,
+)
 
 from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
 
@@ -27,7 +39,14 @@ def plan(budget: MemoryBudget, device: torch.device = CPU, **options: object) ->
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process itself takes nothing: budgets are for captured data only."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "_LOADED_LATER", 0)
+
+
+@pytest.fixture
+def gpu(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU as far as plans can tell: 7000 bytes in use, plenty free."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7000)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9000)
@@ -36,6 +55,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_SMALLEST_CHUNK", 1)
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(("host_bytes", "place"), [(10**6, "host"), (239_999, "disk"), (240_000, "host")])
 def test_on_a_cpu_features_lie_in_memory_or_in_files(host_bytes: int, place: str) -> None:
     """Both networks' features, 2 x 50 x 1000, and the largest unit's data, 50 x 400, in half the budget."""
@@ -50,7 +70,101 @@ def test_on_a_gpu_the_nearest_place_with_room() -> None:
     tight = plan(MemoryBudget(gpu_bytes=100_000, host_bytes=10**6), CUDA)
     assert tight.features == "host"
     assert tight.gpu_rows("small") == tight.gpu_rows("large") == ROWS
-    assert plan(MemoryBudget(gpu_bytes=100_000, host_bytes=150_000), CUDA).features == "disk"
+    assert plan(MemoryBudget(gpu_bytes=100_000, host_bytes=100_000), CUDA).features == "host"
+    assert plan(MemoryBudget(gpu_bytes=100_000, host_bytes=99_999), CUDA).features == "disk"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_rows_on_the_host_need_room_beside_the_features() -> None:
+    budget = MemoryBudget(gpu_bytes=27_000, host_bytes=100_000 + 12 * 400)
+    made = plan(budget, CUDA)
+    assert made.largest_far == 12 * 400
+    assert made.features == "host"
+    assert made.arena_bytes == 100_000 + 12 * 400  # all of the budget, of what would be a little more
+    assert plan(dataclasses.replace(budget, host_bytes=budget.host_bytes - 1), CUDA).features == "disk"
+
+
+def test_the_process_itself_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr(memory, "_LOADED_LATER", 10**9)
+    assert plan(MemoryBudget(host_bytes=3_240_000_000)).features == "host"
+    assert plan(MemoryBudget(host_bytes=3_000_239_999)).features == "disk"
+    assert not caplog.records
+    assert plan(MemoryBudget(host_bytes=2_900_000_000)).features == "disk"
+    assert "without any captured data" in caplog.text
+
+
+# Connections 3, 30 and 10 wide; the second stage's unit has 4 rows on the host; the last stage joins the first one.
+ROUTE = (
+    Boundary(2),
+    Boundary(20, (0,), ("unit",)),
+    Boundary(20, (3, 0)),
+    Boundary(10, (3, 30, 0)),
+    Boundary(10, (3, 30, 10), origin=3),
+    Boundary(40, (3, 30), origin=2),
+    Boundary(10, (3,), origin=1),
+)
+
+
+def route_plan(host_bytes: float, far: int = 4) -> MemoryPlan:
+    unit = 100
+    return MemoryPlan(
+        rows=10,
+        chunk=2,
+        features="partly",
+        feature_bytes=0,
+        unit_gpu_bytes=(10 - far) * unit,
+        unit_host_bytes=int(host_bytes),
+        host_bytes=int(host_bytes * memory._ARENA_SLACK) + 1,
+        sizes=Sizes(53, {"unit": unit}, ROUTE),
+        compact=False,
+        on_gpu=True,
+    )
+
+
+def test_with_room_for_everything_everything_is_kept() -> None:
+    made = route_plan(10_000)
+    assert all(kept.trunk and all(kept.skips) for networks in made.kept() for kept in networks)
+    assert made.passes() == 0
+
+
+def test_what_is_kept_where_there_is_little_room() -> None:
+    """660 bytes: 400 are the unit's rows, 200 a feature map; then small connections first, of both networks."""
+    made = route_plan(660)
+    quantized, full = zip(*made.kept(), strict=True)
+    nothing = Kept(False, (False,))
+    assert full[1] == nothing  # 400 + 200 + 200
+    assert quantized[1] == Kept(True, (True,))
+    assert quantized[2] == full[2] == Kept(True, (True, True))  # twice 200 + 30
+    assert quantized[3] == Kept(True, (True, True, True))  # 200 + 60 + 300
+    assert full[3] == Kept(True, (True, False, True))
+    assert quantized[4] == full[4] == Kept(True, (True, False, True))  # 200 + 60 + 200
+    assert quantized[5] == Kept(True, (True, False))
+    assert full[5] == Kept(False, (False, False))  # twice 400
+    assert quantized[6] == full[6] == Kept(True, (True,))  # of full precision again: the way there began at the set
+    # full[1]: 1 stage; quantized[5] and full[5]: up to the connection (2), and all the way (5)
+    assert made.passes() == pytest.approx((1 + 2 + 5) / 7)
+
+
+def test_a_unit_whose_rows_lie_in_a_file_takes_no_room() -> None:
+    made = route_plan(398)
+    assert made.kept()[1] == (Kept(True, (True,)), Kept(False, (False,)))
+    assert made.largest_far == 0
+    assert route_plan(400).kept()[1] == (Kept(False, (False,)),) * 2
+    assert route_plan(400).largest_far == 400
+
+
+def test_connections_come_from_the_latest_stage_that_left_one() -> None:
+    qnn = with_grids()
+    stages = qnn.model.stages()
+    origins = connection_origins(stages)
+    sizes = measure(qnn, tuple(x[:1] for x in noisy_inputs(1)), compact=False)
+    assert [b.origin for b in sizes.boundaries] == origins
+    assert [n is not None for n in origins] == [stage.joins for stage in stages]
+    left = [number + 1 for number, stage in enumerate(stages) if stage.leaves]
+    assert [n for n in origins if n is not None] == left[::-1]
+    assert [path for b in sizes.boundaries for path in b.units] == [unit.path for unit in qnn.units()]
+    assert max(b.trunk + sum(b.skips) for b in sizes.boundaries) == sizes.features
 
 
 @pytest.mark.usefixtures("gpu")
@@ -149,12 +263,14 @@ def test_missing_rows_are_noticed() -> None:
 
 
 PLACES = {
-    "host memory": (None, 1e9),
-    "files": (MemoryBudget(host_bytes=1000), 1e9),
-    "computed anew": (MemoryBudget(host_bytes=1000), 1.0),  # where files are slow
+    "features in host memory": (None, 1e9),
+    "in files": (MemoryBudget(host_bytes=1000), 1e9),
+    "computed anew where not": (MemoryBudget(host_bytes=1000), 1.0),  # where files are slow
+    "as far as there is room": (MemoryBudget(host_bytes=300_000), 1.0),
 }
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_budget_changes_nothing_but_the_place(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
