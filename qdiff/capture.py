@@ -25,6 +25,7 @@ from qdiff.memory import (
     Shelf,
     Storage,
     connection_origins,
+    learning_bytes,
     measure,
     unpacked,
 )
@@ -265,6 +266,7 @@ class PairedCapture:
             self.device,
             chunk=chunk,
             compact=compact,
+            learning_bytes=learning_bytes(qnn, weights=not act_quant),
             seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
         )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 
 import torch
+
+
+@functools.cache
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """The one stream beside the current one for a purpose.
+
+    cuBLAS takes a workspace of tens of megabytes for each stream that it is called on and keeps it: a new stream for
+    each of many graphs would use up a gigabyte.
+    """
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

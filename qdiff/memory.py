@@ -127,6 +127,19 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries))
 
 
+def learning_bytes(qnn: QuantModel, *, weights: bool) -> int:
+    """What learning takes, beside the network: for all units what stays of it, for the largest what passes.
+
+    Args:
+        weights: their rounding is learned. A rounding variable and a finished weight stay of each, in float32; while a
+            unit learns, variables have a start, a gradient and Adam's two means, and weights a soft value.
+    """
+    if not weights:
+        return 0
+    sizes = [sum(layer.weight.numel() for layer in unit.layers()) for unit in qnn.units()]
+    return 4 * (2 * sum(sizes) + 6 * max(sizes))
+
+
 def connection_origins(stages: Sequence[Any]) -> list[int | None]:
     """For each stage that joins a U connection: the number of the first stage before which that one is open."""
     left: list[int] = []
@@ -183,11 +196,13 @@ class MemoryPlan:
         *,
         chunk: int,
         compact: bool,
+        learning_bytes: int = 0,
         seconds_of_pass: Callable[[int], float] = lambda chunk: math.inf,
     ) -> MemoryPlan:
         """Fit a calibration into a budget.
 
         Args:
+            learning_bytes: what the learned state of units will take on the device.
             seconds_of_pass: how long so many samples take through the network; asked only where it decides.
 
         Raises:
@@ -199,7 +214,8 @@ class MemoryPlan:
         host = _host_room(budget)
         gpu = 0
         if on_gpu:
-            gpu, chunk = _gpu_room(budget, device, largest * (2 if compact else 1), min(chunk, rows))
+            largest_in_full = largest * (2 if compact else 1)
+            gpu, chunk = _gpu_room(budget, device, largest_in_full, min(chunk, rows), learning_bytes)
         chunk = min(chunk, rows)
         unit = rows * largest
 
@@ -362,12 +378,12 @@ def _host_room(budget: MemoryBudget) -> int:
     return max(0, budget.host_bytes - there)
 
 
-def _gpu_room(budget: MemoryBudget, device: torch.device, largest: int, chunk: int) -> tuple[int, int]:
+def _gpu_room(budget: MemoryBudget, device: torch.device, largest: int, chunk: int, learning: int) -> tuple[int, int]:
     """Bytes for captured data, beside what is there already and what computing takes, and samples at once."""
-    used = torch.cuda.memory_allocated(device)
+    used = torch.cuda.memory_allocated(device) + learning
     free, _ = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - used
-    total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle))
+    total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle - learning))
     room = total - used
     while chunk > _SMALLEST_CHUNK and _WORKING_COPIES * largest * chunk > room // 2:
         chunk //= 2

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qdiff import fused
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.graphs import recording
+from qdiff.graphs import recording, side_stream
 from qdiff.learners import (
     ADAM_BETAS,
     ADAM_EPS,
@@ -441,7 +441,7 @@ class _Stage:
             ]
 
         self.buffers = [buffers() for _ in range(2 if self.far else 1)]
-        self.fetching = torch.cuda.Stream(device)
+        self.fetching = side_stream(device, "fetching")
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
         self.scale = data.target.shape[1] / (loop.batch * self.near[-1].shape[1])
@@ -456,7 +456,7 @@ class _Stage:
     def recorded(self, looks: list[int]) -> _Stage:
         """Record graphs that lead from each of these iterations to the next."""
         loop, device = self.loop, self.loop.device
-        side = torch.cuda.Stream(device)
+        side = side_stream(device, "recording")
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             if self.far:

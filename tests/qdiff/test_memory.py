@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import os
 from pathlib import Path
 
@@ -175,6 +176,56 @@ def test_of_a_units_rows_as_many_are_near_as_fit() -> None:
     assert made.gpu_rows("large") == room // 400
     assert made.gpu_rows("small") == ROWS
     assert "1 of 2 units wholly on the GPU" in str(made)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_learning_takes_is_set_aside() -> None:
+    budget = MemoryBudget(gpu_bytes=27_000, host_bytes=10**6)
+    room = plan(budget, CUDA).unit_gpu_bytes
+    assert plan(budget, CUDA, learning_bytes=3000).unit_gpu_bytes == room - 3000
+
+
+def test_what_learning_takes() -> None:
+    """Rounding variables and finished weights stay; both are there after a calibration and were not before."""
+    qnn = wrapped(QuantConfig(4, split=True))
+    numbers = [sum(layer.weight.numel() for layer in unit.layers()) for unit in qnn.units()]
+    before = sum(p.numel() for p in qnn.parameters())
+    assert memory.learning_bytes(qnn, weights=True) == 4 * (2 * sum(numbers) + 6 * max(numbers))
+    assert memory.learning_bytes(qnn, weights=False) == 0
+    calibrate(qnn, calibration_set(2), CalibrationConfig(iters=1, batch_size=2))
+    modules = [layer for unit in qnn.units() for layer in unit.layers()]
+    variables = sum(q.alpha.numel() for layer in modules for q, _ in layer.weight_quantizers())
+    assert variables + sum(layer.baked_weight.numel() for layer in modules) == 2 * sum(numbers)
+    assert before >= sum(numbers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_limit_is_kept_and_gone_afterwards() -> None:
+    device, budget = torch.device("cuda"), MemoryBudget(gpu_bytes=torch.cuda.memory_reserved() + 2**28)
+    with memory.gpu_limit(budget, device):
+        kept = torch.empty(2**26, dtype=torch.uint8, device=device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**29, dtype=torch.uint8, device=device)
+        del kept
+        assert torch.cuda.memory_reserved() > 0
+        memory.give_back_unused(device)
+        assert torch.cuda.memory_reserved() < 2**26
+    torch.empty(2**29, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_units_leave_nothing_behind_on_a_gpu() -> None:
+    """Between two calibrations of the same network, workspaces of libraries included."""
+    allocated = []
+    for _ in range(3):
+        qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True)).cuda()
+        calibrate(qnn, calibration_set(8), CalibrationConfig(iters=12, iters_a=12, batch_size=4))
+        del qnn
+        gc.collect()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[2] == allocated[1]
 
 
 @pytest.mark.usefixtures("gpu")
