@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 import torch._dynamo.utils
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ddim.config import PixelConfig, load_config
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
@@ -280,8 +281,16 @@ def run_calibration(
     parts.setup = time.perf_counter() - started
 
     clock = _Clock(parts, device)
-    with clock.timing_ranges(qnn), only(chosen), heard(parts.plans):
-        calibrate(qnn, data, options, on_unit=clock.unit_done, budget=budget)
+    with tqdm(unit="unit", dynamic_ncols=True, leave=False) as bar:
+
+        def done(progress: UnitProgress) -> None:
+            clock.unit_done(progress)
+            bar.total = progress.total
+            bar.set_description(progress.report.name, refresh=False)
+            bar.update(progress.index + 1 - bar.n)
+
+        with clock.timing_ranges(qnn), only(chosen), heard(parts.plans):
+            calibrate(qnn, data, options, on_unit=done, budget=budget)
     clock.finish()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.safetensors"

@@ -404,9 +404,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 def test_both_paths_agree(phase: str, path: str, device: str) -> None:
     """After 50 iterations, regulariser included, within 1e-4 of the loss.
 
-    On a GPU the two add up in other orders, and a small batch of coarse activations magnifies that: a rounding falls the
-    other way, Adam divides by what is left of a gradient. How far is measured: the oracle against itself, with inputs
-    that differ by 1e-7. Where that is more than 1e-4, the paths may differ as much.
+    On a GPU the two add up in other orders, and a small batch of coarse activations magnifies that: a rounding falls
+    the other way, Adam divides by what is left of a gradient. How far is measured: the oracle against itself, with
+    inputs that differ by 1e-7. Where that is more than 1e-4, the paths may differ as much.
     """
     what = phase, path, torch.device(device)
     eager, fast = fifty_iterations("eager", *what), fifty_iterations("fast", *what)
