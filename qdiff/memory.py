@@ -340,11 +340,19 @@ class Storage:
     Attributes:
         plan: what lies where.
         arena: the pinned memory, where some is needed.
+
+    Raises:
+        BudgetError: the system does not give so much pinned memory.
     """
 
     def __init__(self, plan: MemoryPlan):
         self.plan = plan
-        self.arena = Arena(plan.arena_bytes) if plan.arena_bytes else None
+        try:
+            self.arena = Arena(plan.arena_bytes) if plan.arena_bytes else None
+        except RuntimeError as error:
+            raise BudgetError(
+                f"the system gives no {plan.arena_bytes / GIB:.1f} GiB of pinned memory ({error}); lower --cali_host_gb"
+            ) from error
 
     def shelf(self) -> Shelf:
         """A place for one network's features."""

@@ -155,6 +155,15 @@ def test_a_unit_whose_rows_lie_in_a_file_takes_no_room() -> None:
     assert route_plan(400).largest_far == 400
 
 
+def test_pinned_memory_that_is_not_to_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(size: int) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(memory, "Arena", refused)
+    with pytest.raises(BudgetError, match="pinned memory .*out of memory.*--cali_host_gb"):
+        memory.Storage(route_plan(660))
+
+
 def test_connections_come_from_the_latest_stage_that_left_one() -> None:
     qnn = with_grids()
     stages = qnn.model.stages()
