@@ -160,7 +160,7 @@ def test_pinned_memory_that_is_not_to_be_had_is_an_error(monkeypatch: pytest.Mon
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(memory, "Arena", refused)
-    with pytest.raises(BudgetError, match="pinned memory .*out of memory.*--cali_host_gb"):
+    with pytest.raises(BudgetError, match=r"pinned memory .*out of memory.*--cali_host_gb"):
         memory.Storage(route_plan(660))
 
 
