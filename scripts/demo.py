@@ -207,7 +207,7 @@ def summary(rows: list[Row]) -> str:
     text += [sentence for row in calibrated if (sentence := where_worse(row, nearest, full))]
     text.append(
         "Low bits are simulated: the file is small, the arithmetic is not faster. The Fréchet distances of 10 000 "
-        "images each, recorded on a GPU:"
+        "images each, recorded on a GPU (qdiff-w4a8: bundled, published; qdiff-w4a8-BEST-corrected: bundled, options):"
     )
     text += ["", *recorded_distances()]
     return "\n".join(text)
