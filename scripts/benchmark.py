@@ -65,7 +65,7 @@ CALIBRATION = importlib.import_module("qdiff.calibrate")  # the module; the pack
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = ROOT / "configs" / "cifar10.yml"
 FASHION = ROOT / "configs" / "fashion_mnist.yml"
-BUNDLED = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8.safetensors"
+BUNDLED = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8-published.safetensors"  # flags as W4A8 below
 W4A8 = QuantConfig(4, 8, quant_act=True, a_sym=True, split=True)
 SAMPLER_STEPS = 100
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest calibration, for the lines of `scaling`

@@ -197,7 +197,7 @@ def test_readers_in_the_formats_page_read_grids_and_scales(tmp_path: Path) -> No
     names: dict = {}
     exec(code, names)
     config = load_config(ROOT / "configs" / "fashion_mnist.yml")
-    bundled = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8.safetensors"
+    bundled = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8-published.safetensors"
     assert len(names["read_activation_grids"](bundled)) > 50
     assert names["read_scale"](bundled, 10, True) == 1
 
