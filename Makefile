@@ -12,6 +12,9 @@ VENV_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
+# Threads that wait for one another by spinning take the cores from whatever else runs, and from themselves.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
