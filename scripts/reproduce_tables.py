@@ -30,7 +30,7 @@ from tqdm import tqdm
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import save_calibration_set
 from qdiff.checkpoint import load_quantized, save_packed
-from qdiff.cli.bundles import Bundle, LatentBundle, PixelBundle
+from qdiff.cli.bundles import BUNDLES, LatentBundle
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import (
     Parser,
@@ -61,7 +61,6 @@ examples:
   a quick look on a CPU
     python scripts/reproduce_tables.py --out quick --rows full 'linear-w4*' --count 100 --cali_samples 320
 """
-ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 12  # images of each row that the picture keeps
 HELD_OUT = {"steps": 20, "per_step": 8}  # inputs for the output error
 SET_SEED = 2026  # of the images whose trajectories are calibrated on
@@ -70,18 +69,7 @@ FULL = 32  # "bits" of activations that are not quantized
 # Fields of a recipe's ``quant`` and ``calibration`` that do not reach its weights. All others are taken to reach them.
 ACTIVATION_QUANT = ("sm_abit", "act_range", "timed_ranges", "split_input")
 ACTIVATION_CALIBRATION = ("lr", "p", "range_samples", "range_order", "running_stat", "rs_sm_only")
-
-
-MODELS: dict[str, Bundle] = {
-    "fashion_mnist": PixelBundle(ROOT / "models/pixel/fashion_mnist", ROOT / "configs/fashion_mnist.yml"),
-    # What is set is as published for LSUN Bedroom, whose flags the rows follow.
-    "emoji64": LatentBundle(
-        ROOT / "models/ldm/emoji64",
-        scale=1.5,
-        quant={"weight_range": "mse"},
-        calibration={"range_order": "first", "running_stat": True},
-    ),
-}
+MODELS = BUNDLES
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from qdiff.evaluation.variants import (
 from qdiff.inference import InferenceConfig, prepare, tf32
 from qdiff.quant_model import QuantModel, evaluating
 
+ROOT = Path(__file__).resolve().parents[2]
 AS_IT_IS = InferenceConfig()
 SCORING = ("classifier.safetensors", "reference_statistics.safetensors")
 
@@ -52,13 +53,13 @@ class Bundle(ABC):
     quant: dict[str, Any] = field(default_factory=dict, kw_only=True)
     calibration: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
-    def check(self) -> None:
-        """Whether all files are there.
+    def check(self, *more: str) -> None:
+        """Whether all files are there, and ``more`` beside them.
 
         Raises:
             UserError: one is missing; names all that are.
         """
-        if missing := [name for name in self.files if not (self.folder / name).is_file()]:
+        if missing := [name for name in (*self.files, *more) if not (self.folder / name).is_file()]:
             raise UserError(f"{self.folder}: lacks {', '.join(missing)}; {self.origin}")
 
     @property
@@ -349,3 +350,15 @@ class LatentBundle(Bundle):
 def _batches(count: int, size: int) -> Iterator[Sequence[int]]:
     for first in range(0, count, size):
         yield range(first, min(first + size, count))
+
+
+BUNDLES: dict[str, Bundle] = {
+    "fashion_mnist": PixelBundle(ROOT / "models" / "pixel" / "fashion_mnist", ROOT / "configs" / "fashion_mnist.yml"),
+    # What is set is as published for LSUN Bedroom.
+    "emoji64": LatentBundle(
+        ROOT / "models" / "ldm" / "emoji64",
+        scale=1.5,
+        quant={"weight_range": "mse"},
+        calibration={"range_order": "first", "running_stat": True},
+    ),
+}
