@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import safe_open
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from ddim.config import ConfigError
 from ddim.datasets import DatasetUnavailable
+from ddim.pretrained import weights_facts
 from ldm.data.emoji import CLASSES, SPLITS, EmojiImages, Split
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pretrained import find_checkpoint, load_latent_diffusion
@@ -226,7 +226,7 @@ def make_model(args: argparse.Namespace) -> None:
         raise UserError(f"{source}: {broken[0]} holds values that are not finite")
     config = {"model": load_model_config(args.folder / "config.yaml")}
     weights = weights_for_file(model, torch.float16)
-    write_atomically(args.out / "model.safetensors", encode_weights(weights, header(source)))
+    write_atomically(args.out / "model.safetensors", encode_weights(weights, weights_facts(source)))
     write_atomically(args.out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     write_json(args.out / "train.json", read_json(args.folder / "train.json"))
     facts = judge_first_stage(load_latent_diffusion(args.out, device=args.device), args)
@@ -247,14 +247,6 @@ def judge_first_stage(model: LatentDiffusion, args: argparse.Namespace) -> dict[
         found[split] = frechet_distance(statistics, reference)
         print(f"{found[split]:9.4f}  {split} images through the first stage", flush=True)
     return {"distance to the training images": found}
-
-
-def header(path: Path) -> dict[str, str]:
-    """Facts that a file of weights carries: of the training. A pickled one has none."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 if __name__ == "__main__":
