@@ -7,7 +7,7 @@ The first trains a small classifier of the nine groups of emoji (minutes on a CP
 its features over the training images, every group weighing equally, and what was measured about both:
 ``classifier.safetensors``, ``reference_statistics.safetensors``, ``classifier.json``. The second takes the folder that
 train_ldm.py wrote: ``model.safetensors`` in fp16, ``config.yaml``, ``train.json``, and in ``first_stage.json`` how far
-images lie from the training images that only went through the first stage: no sample of the model can be nearer.
+images lie from the training images that only went through the first stage: what that alone costs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pretrained import find_checkpoint, load_latent_diffusion
 from ldm.training import encode_weights, to_model, to_pixels, weights_for_file
 from ldm.util import load_model_config
+from qdiff.cli.bundles import SCORING
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import Help, at_least
 from qdiff.evaluation.features import (
@@ -211,6 +212,8 @@ def some(labels: Tensor, label: int, like: Tensor, draws: torch.Generator) -> Te
 
 def make_model(args: argparse.Namespace) -> None:
     """The run's averaged weights in fp16. Nothing is written of a model that cannot be sampled from."""
+    if missing := [name for name in SCORING if not (args.out / name).is_file()]:
+        raise UserError(f"{args.out}: lacks {', '.join(missing)}; `{PROGRAM} classifier` makes them first")
     try:
         source = find_checkpoint(args.folder)
         model = load_latent_diffusion(source)
@@ -236,8 +239,8 @@ def make_model(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def judge_first_stage(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     """Images that were encoded and decoded again, against the training images; printed and returned."""
-    classifier = EmojiClassifier.load(args.out / "classifier.safetensors", args.device)
-    reference = FeatureStatistics.load(args.out / "reference_statistics.safetensors")
+    classifier = EmojiClassifier.load(args.out / SCORING[0], args.device)
+    reference = FeatureStatistics.load(args.out / SCORING[1])
     stage, found = model.first_stage_model, {}
     for split in SPLITS:
         data = read_split(args.data, split)

@@ -131,6 +131,10 @@ def refused(capsys, *words: object) -> str:
 
 def test_a_run_of_another_model_is_refused(data: Path, trained_run: Path, tmp_path: Path, capsys) -> None:
     words = ["model", "--data", data, "--out", tmp_path / "out", "--run"]
+    assert "lacks classifier.safetensors, reference_statistics" in refused(capsys, *words, trained_run)
+    names = ("classifier.safetensors", "reference_statistics.safetensors")
+    for name in names:
+        (tmp_path / "out" / name).write_bytes((BUNDLE / name).read_bytes())
     assert "prepare_emoji.py" in refused(capsys, "classifier", "--data", tmp_path, "--out", tmp_path / "out")
     assert "neither model.ckpt nor model.safetensors" in refused(capsys, *words, tmp_path)
     path = trained_run / "config.yaml"
@@ -139,7 +143,7 @@ def test_a_run_of_another_model_is_refused(data: Path, trained_run: Path, tmp_pa
     make_random_checkpoint.main(["--config", str(path), "--out", str(trained_run / "model.safetensors"), "--force"])
     capsys.readouterr()
     assert "n_classes is 8" in refused(capsys, *words, trained_run)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
 
 
 def test_more_than_the_bundle_may_have_is_refused(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
