@@ -2,17 +2,21 @@
 
     python scripts/prepare_emoji_bundle.py classifier --data data/emoji64
     python scripts/prepare_emoji_bundle.py model --run RUN --data data/emoji64
+    python scripts/prepare_emoji_bundle.py checkpoints --tables TABLES
 
 The first trains a small classifier of the nine groups of emoji (minutes on a CPU) and writes it with the statistics of
 its features over the training images, every group weighing equally, and what was measured about both:
 ``classifier.safetensors``, ``reference_statistics.safetensors``, ``classifier.json``. The second takes the folder that
 train_ldm.py wrote: ``model.safetensors`` in fp16, ``config.yaml``, ``train.json``, and in ``first_stage.json`` how far
-images lie from the training images that only went through the first stage: what that alone costs.
+images lie from the training images that only went through the first stage: what that alone costs. The third
+takes two calibrated checkpoints out of the folder that reproduce_tables.py wrote: ``w4a8.safetensors`` with the better
+options, ``w4a8-published.safetensors`` with the published flags.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +37,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pretrained import find_checkpoint, load_latent_diffusion
 from ldm.training import encode_weights, to_model, to_pixels, weights_for_file
 from ldm.util import load_model_config
-from qdiff.cli.bundles import SCORING
+from qdiff.checkpoint import read_info, save_packed
+from qdiff.cli.bundles import BUNDLES, SCORING
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import Help, at_least
 from qdiff.evaluation.features import (
@@ -52,6 +57,12 @@ BUNDLE = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
 LIMIT = 16 * 10**6  # bytes of the whole folder
 RATE, WEIGHT_DECAY, SMOOTHING = 2e-3, 0.05, 0.1
 SHIFT, ZOOM, TURN = 0.15, 0.2, 0.3  # of the augmentation, at most: of half the width, of the size, in radians
+# Of the bundle -> of the tables, and whether the correction of the output, which they fit to all, belongs to it.
+CHECKPOINTS = {
+    "w4a8.safetensors": ("qdiff-w4a8-asym-split_input=True-timed_ranges=all-weight_lr=0.03", True),
+    "w4a8-published.safetensors": ("qdiff-w4a8", False),
+}
+OF_CALIBRATION = ("iters", "iters_a", "cali_samples", "cali_seed", "cali_precision")  # settings of the tables
 BLURS = (0.5, 1.0, 2.0)  # pixels
 NOISES = (8.0, 16.0, 32.0)  # of 255
 IMAGES_AT_ONCE = 64
@@ -80,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--data", type=Path, required=True, help="folder that prepare_emoji.py wrote")
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
+    own = add("checkpoints", take_checkpoints, "Take the bundled checkpoints out of a folder of tables.")
+    own.add_argument("--tables", type=Path, required=True, help="folder that reproduce_tables.py wrote")
     return parser
 
 
@@ -250,6 +263,25 @@ def judge_first_stage(model: LatentDiffusion, args: argparse.Namespace) -> dict[
         found[split] = frechet_distance(statistics, reference)
         print(f"{found[split]:9.4f}  {split} images through the first stage", flush=True)
     return {"distance to the training images": found}
+
+
+# The checkpoints.
+
+
+def take_checkpoints(args: argparse.Namespace) -> None:
+    """As the tables made them, with their settings in the header; the published one without a corrected output."""
+    bundle = dataclasses.replace(BUNDLES["emoji64"], folder=args.out)
+    sources = {name: args.tables / "calibrated" / f"{recipe}.safetensors" for name, (recipe, _) in CHECKPOINTS.items()}
+    if missing := [str(path) for path in sources.values() if not path.is_file()]:
+        raise UserError(f"--tables {args.tables}: lacks {', '.join(missing)}")
+    settings = read_json(args.tables / "settings.json")
+    for name, (recipe, corrected) in CHECKPOINTS.items():
+        model = bundle.from_packed(sources[name])
+        if not corrected:
+            model.output_scale = None
+        facts = read_info(sources[name]).calibration | {"recipe": recipe}
+        facts |= {key: settings[key] for key in OF_CALIBRATION if key in settings}
+        save_packed(args.out / name, model, info={"model_config": bundle.facts, "calibration": facts})
 
 
 if __name__ == "__main__":

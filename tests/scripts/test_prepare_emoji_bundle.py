@@ -15,13 +15,18 @@ from safetensors.torch import load_file
 from ddim.datasets import DatasetUnavailable
 from ldm.data.emoji import CLASSES, EmojiImages, pack_split, split_file
 from ldm.pretrained import load_latent_diffusion
+from qdiff.calibrate import calibrate
+from qdiff.calibration_data import save_calibration_set
+from qdiff.checkpoint import read_info, save_packed
 from qdiff.cli import make_random_checkpoint
 from qdiff.cli.bundles import LatentBundle
+from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.evaluation.features import EmojiClassifier, load_classifier
 from qdiff.evaluation.frechet import FeatureStatistics
+from qdiff.quant_model import QuantModel
 
 from .conftest import REPOSITORY, load_script
-from .latent_models import config_of
+from .latent_models import config_of, make_bundle
 
 script = load_script("prepare_emoji_bundle")
 BUNDLE = REPOSITORY / "models" / "ldm" / "emoji64"
@@ -118,6 +123,43 @@ def test_a_run_becomes_the_bundle_that_tables_and_demo_read(data: Path, trained_
     images = bundle.sample(bundle.full_precision(), count=3, batch_size=3, timesteps=2)
     assert images.shape == (3, 3, 16, 16)
     assert bundle.distance(images) > 0
+
+
+def test_checkpoints_of_the_tables_become_the_bundles(tmp_path: Path, capsys) -> None:
+    """One with its output corrected, one without; what is sampled is what the tables sampled."""
+    bundle, out = LatentBundle(make_bundle(tmp_path)), tmp_path / "tiny_emoji"
+    calibrated = tmp_path / "tables" / "calibrated"
+    words = ["checkpoints", "--tables", str(tmp_path / "tables"), "--out", str(out)]
+    capsys.readouterr()
+    assert "lacks" in refused(capsys, *words)
+    full = bundle.full_precision()
+    set_file = tmp_path / "set.pt"
+    content = bundle.record(full, device="cpu", timesteps=2, seed=0, count=2, batch_size=2, cali_st=2)
+    save_calibration_set(set_file, content)
+    data = bundle.calibration_samples(set_file, cali_st=2, cali_n=2)
+    options = CalibrationConfig(correct_scale=True, correct_mean=True)
+    calibrated.mkdir(parents=True)
+    for recipe, _ in script.CHECKPOINTS.values():
+        quant = QuantConfig(4, 8, quant_act=True, timed_ranges="all" if "timed" in recipe else "none")
+        model = QuantModel.from_config(bundle.full_precision(), quant.at_timesteps(data.t.tolist()))
+        calibrate(model, data, options, mode="linear")
+        save_packed(calibrated / f"{recipe}.safetensors", model, info={"calibration": {"quant_mode": "qdiff"}})
+    (tmp_path / "tables" / "settings.json").write_text('{"iters": 7, "count": 4}')
+    assert script.main(words) == 0
+    inputs = data.inputs()
+    for name, (recipe, corrected) in script.CHECKPOINTS.items():
+        found, source = bundle.from_packed(out / name), bundle.from_packed(calibrated / f"{recipe}.safetensors")
+        assert (found.output_scale is not None) == corrected
+        if not corrected:
+            source.output_scale = None
+        with torch.no_grad():
+            assert torch.equal(found(*inputs), source(*inputs))
+        assert read_info(out / name).calibration == {"quant_mode": "qdiff", "recipe": recipe, "iters": 7}
+    demo = load_script("demo_ldm")
+    assert set(demo.BUNDLED.values()) == set(script.CHECKPOINTS)
+    tables = load_script("reproduce_tables")
+    recipes = {row.recipe.name for row in tables.rows_of("emoji64") if row.recipe is not None}
+    assert {recipe for recipe, _ in script.CHECKPOINTS.values()} <= recipes
 
 
 def refused(capsys, *words: object) -> str:
