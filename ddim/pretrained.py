@@ -14,7 +14,7 @@ from pathlib import Path
 
 import requests
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -318,6 +318,14 @@ def load_weights(path: str | Path, model: nn.Module, config_name: str = "the con
             differences.insert(0, f"the file's UNet has {found}, the config's {wanted}")
         raise ValueError(f"{path}: does not fit the model of {config_name}: {'; '.join(differences)}")
     model.load_state_dict(weights, strict=True)
+
+
+def weights_facts(path: str | Path) -> dict[str, str]:
+    """What a file of weights says in its header of how they were made; nothing where it is pickled."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
