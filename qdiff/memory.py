@@ -11,6 +11,7 @@ itself while it computes, or in files mapped into memory.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -158,6 +159,10 @@ class Kept(NamedTuple):
     trunk: bool
     skips: tuple[bool, ...]
 
+    def bytes_of(self, boundary: Boundary) -> int:
+        """What it takes, a sample."""
+        return self.trunk * boundary.trunk + sum(itertools.compress(boundary.skips, self.skips))
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -269,6 +274,9 @@ class MemoryPlan:
         """What of a unit's data has no room where it computes."""
         return (self.rows - self.gpu_rows(path)) * self.sizes.units[path]
 
+    def _units_on_host(self, boundary: Boundary) -> int:
+        return max(map(self._unit_on_host, boundary.units), default=0)  # one after the other
+
     def _unit_on_host(self, path: str) -> int:
         if not self.on_gpu:
             return self.rows * self.sizes.units[path]
@@ -289,7 +297,7 @@ class MemoryPlan:
         there: list[list[bool]] = [[], []]  # of each network, the open connections that are there still
         kept = []
         for boundary in self.sizes.boundaries:
-            room = self.host_bytes / _ARENA_SLACK - max(map(self._unit_on_host, boundary.units), default=0)
+            room = self.host_bytes / _ARENA_SLACK - self._units_on_host(boundary)
             trunks = []
             for open_ in there:
                 open_[:] = (open_ + [True] * len(boundary.skips))[: len(boundary.skips)]
@@ -323,11 +331,15 @@ class MemoryPlan:
         """Pinned memory for the features and the rows that lie on the host."""
         if not self.on_gpu:
             return 0
-        if self.features in ("gpu", "disk"):
-            return int(min(self.host_bytes, _ARENA_SLACK * self.largest_far))
+        need = self.largest_far
         if self.features == "host":
-            return int(min(self.host_bytes, _ARENA_SLACK * (self.feature_bytes + self.largest_far)))
-        return max(0, self.host_bytes)
+            need += self.feature_bytes
+        elif self.features == "partly":
+            need = max(
+                self._units_on_host(boundary) + self.rows * sum(kept.bytes_of(boundary) for kept in networks)
+                for boundary, networks in zip(self.sizes.boundaries, self.kept(), strict=True)
+            )
+        return int(min(self.host_bytes, _ARENA_SLACK * need))
 
 
 class Storage:

@@ -125,6 +125,7 @@ def test_with_room_for_everything_everything_is_kept() -> None:
     made = route_plan(10_000)
     assert all(kept.trunk and all(kept.skips) for networks in made.kept() for kept in networks)
     assert made.passes() == 0
+    assert made.arena_bytes == int(memory._ARENA_SLACK * (2 * 10 * 73))  # before the last but one, of both networks
 
 
 def test_what_is_kept_where_there_is_little_room() -> None:
