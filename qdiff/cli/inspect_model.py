@@ -408,8 +408,9 @@ def sections(found: Found) -> list[pages.Section]:
         pages.Section(
             "One layer quantized at a time",
             "The squared error of the network's output as a share of its square, mean of the timesteps, when the "
-            "weight or the input of a single layer is quantized and everything else is in full precision. The table "
-            "at the end of the page has all layers.",
+            "weight or the input of a single layer is quantized and everything else is in full precision. Layers of "
+            "a calibrated network learned to make up for those before them, so one alone can cost more than all "
+            "together. The table at the end of the page has all layers.",
             [
                 (pages.sensitivity_bars(sensitivities), "The layers that cost most."),
                 (pages.sensitivity_order(sensitivities), "All of them."),
@@ -418,8 +419,9 @@ def sections(found: Found) -> list[pages.Section]:
         pages.Section(
             "Errors along the trajectory",
             "Each error is split into its mean over the samples (bias) and what differs from sample to sample "
-            "(variance). A bias can be measured and taken off the output, as --correct_mean does; variance cannot. What "
-            "so few samples would show as bias by chance is subtracted, so a missing point is a bias too small to see.",
+            "(variance). A bias can be measured and taken off the output, as --correct_mean does; variance cannot. "
+            "What so few samples would show as bias by chance is subtracted; a missing point is a bias too small to "
+            "see.",
             [
                 (
                     pages.error_curves(found.estimates, "estimate"),
