@@ -86,7 +86,10 @@ def build_parser() -> Parser:
     add_kinds_of_model(parser)
     group = parser.add_argument_group("quantization", "of a checkpoint that does not say it itself, or without one")
     group.add_argument(
-        "--cali_ckpt", metavar="FILE", help="calibrated checkpoint: ckpt.pth or a packed ckpt.safetensors"
+        "--cali_ckpt",
+        metavar="FILE",
+        help="calibrated checkpoint: ckpt.pth or a packed ckpt.safetensors, which says its bits itself, and whose "
+        "activations are quantized where it has their grids",
     )
     add_quantizer_flags(group)
     group = parser.add_argument_group("inputs")
