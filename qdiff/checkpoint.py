@@ -136,8 +136,8 @@ def packed_bytes(qnn: QuantModel, *, info: Mapping[str, Any] | None = None) -> b
             zeros.append(quantizer.zero_point.detach().cpu().to(torch.int32).flatten())
         if layer.bias is not None:
             biases.append(layer.bias.detach().cpu().float())
-        index["layers"].append([path, list(layer.weight.shape), _cut(layer), layer.bias is not None])
-    for name, tensor in _other_tensors(qnn).items():
+        index["layers"].append([path, list(layer.weight.shape), cut_of(layer), layer.bias is not None])
+    for name, tensor in other_tensors(qnn).items():
         full.append(tensor.detach().cpu().float().flatten())
         index["full"].append([name, list(tensor.shape)])
     tensors = {
@@ -174,7 +174,7 @@ def _scale_tensors(scale: OutputScale) -> dict[str, Tensor]:
 def size_report(qnn: QuantModel, packed_size: int) -> str:
     """One line: the packed file against the same network in full precision."""
     own = [tensor for layer in qnn.layers().values() for tensor in (layer.weight, layer.bias) if tensor is not None]
-    values = sum(tensor.numel() for tensor in (*own, *_other_tensors(qnn).values()))
+    values = sum(tensor.numel() for tensor in (*own, *other_tensors(qnn).values()))
     return (
         f"{packed_size / 2**20:.2f} MiB packed: {4 * values / packed_size:.1f} times smaller than fp32 "
         f"({4 * values / 2**20:.2f} MiB), {2 * values / packed_size:.1f} times smaller than fp16 "
@@ -423,7 +423,7 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
     index = metadata["index"]
     tensors = _read_tensors(path)
     layers = qnn.layers()
-    full = _other_tensors(qnn)
+    full = other_tensors(qnn)
     found = {name: tuple(shape) for name, shape, *_ in index["layers"]} | {n: tuple(s) for n, s in index["full"]}
     found |= {f"{name}.bias": (shape[0],) for name, shape, _, bias in index["layers"] if bias}
     expected = {path: tuple(layer.weight.shape) for path, layer in layers.items()}
@@ -500,11 +500,12 @@ def _parts(shape: list[int], cut: int) -> list[list[int]]:
     return [[shape[0], cut, *shape[2:]], [shape[0], shape[1] - cut, *shape[2:]]]
 
 
-def _cut(layer: QuantModule) -> int:
+def cut_of(layer: QuantModule) -> int:
+    """The input channel at which a layer is cut in two; 0 for a whole one."""
     return layer.split_channels if isinstance(layer, SplitQuantModule) else 0
 
 
-def _other_tensors(qnn: QuantModel) -> dict[str, Tensor]:
+def other_tensors(qnn: QuantModel) -> dict[str, Tensor]:
     """Everything that belongs to no quantized layer: norms, buffers. Names as in the UNet."""
     skipped = {f"{path}.{name}" for path in qnn.layers() for name in ("weight", "bias")}
     for path, module in qnn.model.named_modules():

@@ -39,7 +39,15 @@ FORMAT_VERSION = 1
 _HEADER = "qdiff-progress"
 _CHECKSUM = "sha256"
 # Files of this package that have no part in what a unit learns; all others have.
-_UNDECIDING_SOURCES = ("__init__.py", "checkpoint.py", "files.py", "progress.py", "published.py", "version.py")
+_UNDECIDING_SOURCES = (
+    "__init__.py",
+    "checkpoint.py",
+    "costs.py",
+    "files.py",
+    "progress.py",
+    "published.py",
+    "version.py",
+)
 
 log = logging.getLogger(__name__)
 

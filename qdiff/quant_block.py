@@ -39,6 +39,12 @@ class BaseQuantBlock(nn.Module):
         """The quantizers of activations that belong to the block itself and not to one of its layers."""
         return [child for child in self.children() if isinstance(child, UniformAffineQuantizer)]
 
+    def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
+        """Of a block that attends: the quantizers of ``q``, ``k``, ``v`` and the softmax map ``w``, which all see one
+        tensor a forward pass, that of ``w`` ending in positions of q x positions of k. Empty for other blocks.
+        """
+        return {}
+
     def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
         self.use_weight_quant, self.use_act_quant = weight_quant, act_quant
         for module in self.modules():

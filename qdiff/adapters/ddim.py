@@ -34,6 +34,9 @@ class QuantAttnBlock(BaseQuantBlock, AttnBlock):
             setattr(self, f"act_quantizer_{name}", UniformAffineQuantizer.from_config(act))
         self.act_quantizer_w = UniformAffineQuantizer.from_config(softmax)
 
+    def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
+        return {name: getattr(self, f"act_quantizer_{name}") for name in "qkvw"}
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.use_act_quant:
             q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)

@@ -42,6 +42,11 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
     def block_act_quantizers(self) -> list[UniformAffineQuantizer]:
         return [quantizer for product in self.attention.values() for quantizer in product.values()]
 
+    def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
+        scores, sums = self.attention["qkv_matmul"], self.attention["smv_matmul"]
+        names = {"q": scores, "k": scores, "v": sums, "w": sums}
+        return {name: product[f"act_quantizer_{name}"] for name, product in names.items()}
+
     def normalised(self, x: Tensor) -> Tensor:
         return fused.group_norm(self.norm, x, silu=False)
 
@@ -66,6 +71,9 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
     def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
         for name, quantizer in _act_quantizers({"q": act, "k": act, "v": act, "w": softmax}).items():
             setattr(self, name, quantizer)
+
+    def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
+        return {name: getattr(self, f"act_quantizer_{name}") for name in "qkvw"}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.use_act_quant:

@@ -240,6 +240,11 @@ def add_quantization_flags(
         help="qdiff reconstructs the network unit by unit; linear only rounds to nearest (the baseline)",
     )
     add_quantizer_flags(group, a_sym=a_sym, a_min_max=a_min_max)
+    add_input_flags(group)
+
+
+def add_input_flags(group: argparse._ArgumentGroup) -> None:
+    """What the published checkpoint format has no place for."""
     group.add_argument(
         "--timed_ranges",
         choices=TIMED_RANGES,

@@ -39,25 +39,7 @@ def build_parser() -> Parser:
         overrides=True,
         usage="%(prog)s (--config FILE | -r PATH) --out FILE [flags] [key=value ...]",
     )
-    pixel.add_model_flags(parser, title="pixel-space model", required=False)
-    pixel.add_trajectory_flags(parser.add_argument_group("its sampler"))
-    latent.add_model_flags(parser, title="or: latent model", required=False)
-    latent.add_trajectory_flags(parser.add_argument_group("its sampler"))
-    both = parser.add_argument_group("sampler of both")
-    both.add_argument(
-        "-e",
-        "--eta",
-        type=real(zero=True),
-        metavar="X",
-        help="noise in DDIM steps: 0 none, 1 as in DDPM [0 for pixel-space models, 1 for latent ones]",
-    )
-    both.add_argument(
-        "--batch_size",
-        type=at_least(1),
-        metavar="N",
-        help="images at once; changes speed and memory, not the images [sampling.batch_size of a pixel-space model's "
-        "config, 10 for latent models]",
-    )
+    add_kinds_of_model(parser)
     group = parser.add_argument_group("the set")
     group.add_argument("--out", required=True, metavar="FILE", help="where to write it")
     group.add_argument("--force", action="store_true", help="replace --out where it exists")
@@ -80,9 +62,32 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_kinds_of_model(parser: Parser) -> None:
+    """Model and sampler of a command that takes both kinds, told apart by ``--config`` and ``-r``."""
+    pixel.add_model_flags(parser, title="pixel-space model", required=False)
+    pixel.add_trajectory_flags(parser.add_argument_group("its sampler"))
+    latent.add_model_flags(parser, title="or: latent model", required=False)
+    latent.add_trajectory_flags(parser.add_argument_group("its sampler"))
+    both = parser.add_argument_group("sampler of both")
+    both.add_argument(
+        "-e",
+        "--eta",
+        type=real(zero=True),
+        metavar="X",
+        help="noise in DDIM steps: 0 none, 1 as in DDPM [0 for pixel-space models, 1 for latent ones]",
+    )
+    both.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        metavar="N",
+        help="images at once; changes speed and memory, not the images [sampling.batch_size of a pixel-space model's "
+        "config, 10 for latent models]",
+    )
+
+
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what can be refused before the config is read."""
-    _check_kind_of_model(parser, args)
+    check_kind_of_model(parser, args)
     if args.cali_n is not None and "n_samples" in args.given and args.cali_n > args.n_samples:
         parser.error(f"--cali_n {args.cali_n}: more than the --n_samples {args.n_samples} that are made")
     out = Path(args.out)
@@ -96,7 +101,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--out {out}: the folder cannot be written to; choose another place")
 
 
-def _check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
+def check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
     """One model, and no flags that are those of the other kind; ``--eta`` becomes its kind's default."""
     if (args.config is None) == (args.resume_base is None):
         parser.error("say which model: --config FILE for a pixel-space one, or -r PATH for a latent one")
