@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ HARMLESS = (
     "first_stage_model.loss.",  # discriminator and perceptual loss that the first stage was trained with
     "lvlb_weights",  # weights of the training loss, worked out from the betas
     "logvar",  # a learned weight of the training loss
+    "cond_stage_model.transformer.to_logits.",  # from embeddings back to words, for training BERTEmbedder
 )
+
+# CLIP's text tower: the prefix that older releases of transformers, and so the published files, have; and a buffer.
+CLIP_OLD, CLIP_NAMES = "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
+CLIP_POSITIONS = "embeddings.position_ids"  # 0, 1, 2, ...
 
 
 def build_latent_diffusion(config: Mapping[str, Any]) -> LatentDiffusion:
@@ -90,10 +95,30 @@ def load_state(model: LatentDiffusion, state: Mapping[str, Tensor], source: str 
         weights = with_ema_weights(state) if model.use_ema else dict(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HARMLESS)}
     expected = model.state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HARMLESS)}
+    weights = with_clip_names(weights, expected)
     differences = describe_differences(weights, expected)
     if differences:
         raise ValueError(f"{source}: does not fit the model of the config: {'; '.join(differences)}")
     weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
+
+
+def with_clip_names(weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """The names of CLIP's text tower as the installed transformers spells them, without its buffer of positions.
+
+    Args:
+        weights: in either spelling; other names stay.
+        expected: names of the model.
+    """
+    old = any(name.startswith(CLIP_OLD) for name in expected)
+    found_old = any(name.startswith(CLIP_OLD) for name in weights)
+    source = CLIP_OLD if found_old else CLIP_NAMES
+    target = CLIP_OLD if old else CLIP_NAMES
+    renamed = {}
+    for name, tensor in weights.items():
+        if name == source + CLIP_POSITIONS:
+            continue
+        renamed[target + name.removeprefix(source) if name.startswith(source) else name] = tensor
+    return renamed
