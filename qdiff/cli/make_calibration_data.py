@@ -36,9 +36,9 @@ NOT_OF = {
     "text": (*PIXEL_ONLY, *LATENT_ONLY),
 }
 NAMES = {
-    "pixel": "a pixel-space model, named by --config",
-    "latent": "a latent model, named by -r",
-    "text": "a text-to-image model, told apart by --prompt or --from-file",
+    "pixel": "--config (a pixel-space model)",
+    "latent": "-r (a latent model)",
+    "text": "--prompt or --from-file (a text-to-image model)",
 }
 
 
@@ -137,10 +137,7 @@ def _check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
     for name in NOT_OF[kind]:
         if name in args.given:
             other = next(k for k, names in NOT_OF.items() if k != kind and name not in names)
-            parser.error(
-                f"{parser.flag(name)} goes with {NAMES[other]}, and this is {NAMES[kind]}; --help lists the flags of "
-                "each"
-            )
+            parser.error(f"{parser.flag(name)} goes with {NAMES[other]}, not with {NAMES[kind]}; leave one of them out")
     if args.eta is None:
         args.eta = 1.0 if kind == "latent" else 0.0
     if kind == "text":

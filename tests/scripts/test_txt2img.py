@@ -236,10 +236,10 @@ def test_kinds_of_calibration_sets_are_told_apart(text, failing, tmp_path):
     same = [*text("sd").files, "--out", tmp_path / "x.pt", "--device", "cpu"]
     main_ = make_calibration_data.main
     assert (
-        "--timesteps goes with a pixel-space model"
+        "--timesteps goes with --config (a pixel-space model)"
         in failing("--prompt", "a", *same, "--timesteps", 3, main=main_).message
     )
-    assert "--plms goes with a text-to-image model" in failing("-r", "x", "--out", "y", "--plms", main=main_).message
+    assert "--plms goes with --prompt or --from-file" in failing("-r", "x", "--out", "y", "--plms", main=main_).message
     assert "--prompt TEXT or --from-file FILE" in failing("--out", "y", main=main_).message
     both = failing("--prompt", "a", *same, "--plms", "--dpm", main=main_)
     assert "--plms and --dpm exclude each other" in both.message
