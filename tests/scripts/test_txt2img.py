@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from ldm.pretrained import UNET, build_latent_diffusion, load_state
 from qdiff.calibration_data import load_calibration_set
 from qdiff.checkpoint import read_info
-from qdiff.cli import make_calibration_data, strip_unet
+from qdiff.cli import make_calibration_data, make_random_checkpoint, strip_unet
 from qdiff.cli.latent import SamplerOptions
 from qdiff.cli.run_folder import read_png
 from qdiff.cli.sample_ldm import main as sample_ldm
@@ -385,6 +387,57 @@ def test_unet_of_the_full_checkpoint_is_not_read_with_a_packed_one(text, calibra
     flags = text("sd").flags("--ptq", "--quant_act", "--resume", "--cali_ckpt", calibrated[4] / "ckpt.safetensors")
     flags[flags.index(str(text("sd").ckpt))] = str(tmp_path / "model.ckpt")
     assert torch.equal(pictures(draw(flags, tmp_path / "a")), pictures(calibrated[4]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("form", ["full", "packed"])
+def test_memory_holds_one_copy_of_the_unet(text, tmp_path, form):
+    """Of a network large enough to be seen: what the process has to itself, up to the first model call."""
+    config = text_config("sd")
+    config["model"]["params"]["unet_config"]["params"] |= {"model_channels": 192, "channel_mult": [1, 4]}
+    path, ckpt = tmp_path / "wide.yaml", tmp_path / "model.ckpt"
+    path.write_text(yaml.safe_dump(config))
+    make_random_checkpoint.main(["--config", str(path), "--out", str(ckpt)])
+    files = ["--config", str(path), "--ckpt", str(ckpt), "--tokenizer", str(text("sd").tokenizer), "--device", "cpu"]
+    words = ["--prompt", "a cat", *files, "--ddim_steps", "1", "--n_samples", "1", "--n_iter", "1"]
+    if form == "packed":
+        made = draw([*words, "--ptq", "--quant_mode", "linear"], tmp_path / "made", "--n_iter", 0)
+        words += ["--ptq", "--resume", "--cali_ckpt", str(made / "ckpt.safetensors")]
+    program = """
+import re, sys, threading, time
+import transformers
+from transformers import CLIPTextModel, CLIPTokenizer
+from qdiff.cli import sampling, txt2img
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+before, most, done = anonymous(), 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+def stop(model, *_):
+    global done
+    done = True
+    unet = sum(p.numel() * p.element_size() for p in model.parameters()) >> 20
+    thread.join()
+    print("grew by", most - before, "of", unet)
+    raise SystemExit
+sampling.sample_images = stop
+txt2img.main(sys.argv[1:])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, *words, "--outdir", str(tmp_path / "out")],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, unet = map(int, re.search(r"grew by (\d+) of (\d+)", run.stdout).groups())
+    assert unet > 100
+    assert grown < 1.5 * unet
 
 
 def test_stripped_latent_model_with_averages(latent, tmp_path):
