@@ -4,7 +4,7 @@
 #   make test PYTHON=python3.12                     which interpreter a new environment is made from
 #   make test VENV_ARGS=--system-site-packages      let a new environment see an installed torch
 #   make test PYTEST_ARGS="tests/ddim -x"           what pytest gets
-#   make demo DEMO_ARGS="--help"                    what the demo gets
+#   make demo DEMO_ARGS="--help"                    what a demo gets
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,14 +20,17 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format venv clean distclean
+.PHONY: help demo demo-ldm test lint format venv clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  variables: PYTHON, VENV_ARGS, PYTEST_ARGS, DEMO_ARGS (see the top of the Makefile)"
 
 demo: $(READY)  ## quantize, calibrate, resume and sample the bundled model; writes demo/
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+demo-ldm: $(READY)  ## the same for the bundled latent model; writes demo-ldm/
+	$(BIN)/python scripts/demo_ldm.py $(DEMO_ARGS)
 
 test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -43,7 +46,7 @@ format: $(READY)  ## put formatting and import order right
 venv: $(READY)  ## only set up the virtual environment
 
 clean:  ## remove caches, build leftovers and the demo's output; keeps .venv and runs/
-	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo demo-ldm *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment too

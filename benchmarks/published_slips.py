@@ -41,7 +41,7 @@ from qdiff.evaluation.features import FashionClassifier, image_statistics
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.sampling import sample_images
 from qdiff.evaluation.variants import HeldOutInputs
-from qdiff.memory import Collector
+from qdiff.places import Collector
 from qdiff.quant_model import Unit
 from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.reconstruction import _EagerRounding
@@ -87,7 +87,7 @@ def full_precision_inputs() -> Iterator[None]:
     def targets_and_inputs(self: PairedCapture, stage: Any) -> dict[str, Collector]:
         with self.qnn.quant_state(False, False):  # before the network moves on
             for unit in self.qnn.units_of(stage):
-                there[unit.path] = self._full.inputs(unit, self.memory.collector(unit))
+                there[unit.path] = self._full.inputs(unit, self._storage.collector(unit))
         return targets(self, stage)
 
     def full_inputs(self: PairedCapture, unit: Unit) -> Collector:

@@ -1,15 +1,18 @@
-"""What AdaRound's learning rate is worth when there are few iterations.
+"""What AdaRound's learning rate is worth when there are few iterations, and which timesteps it learns from.
 
     python benchmarks/rounding_rate.py --folder DIR --config configs/fashion_mnist.yml --rates 0.001 0.01 0.03
 
 calibrates the 4-bit weights of a model once for each rate, and prints the output error with activations in full. At
 the published rate of 0.001 a rounding variable moves by about 1 at most in 1000 iterations, from a start between -2.4
-and 2.4: most roundings stay at the nearest. The folder is that of ``benchmarks/published_slips.py``.
+and 2.4: most roundings stay at the nearest. ``--noisy_weights 0.1 1 10`` does so for samples of the noisiest timestep
+drawn a tenth as often, as often and ten times as often as those of the cleanest. The folder is that of
+``benchmarks/published_slips.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.01, 0.03])
+    parser.add_argument("--noisy_weights", type=float, nargs="+", default=[1.0])
     parser.add_argument("--iters", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--cali_n", type=int, default=64, help="samples of each of 20 timesteps")
@@ -45,13 +49,18 @@ def main() -> None:
     evaluation = load_file(args.folder / "evaluation.safetensors", device=args.device)
     held_out = HeldOutInputs(evaluation["x"], evaluation["t"], evaluation["full_precision"], ROWS_A_STEP)
     weights = {k: v.float() for k, v in load_file(args.folder / "model.safetensors").items()}
-    for rate in args.rates:
+    for rate, noisy_weight in itertools.product(args.rates, args.noisy_weights):
         started = time.perf_counter()
         unet = UNet.from_config(config).eval()
         unet.load_state_dict(weights)
         qnn = QuantModel.from_config(unet.to(args.device), QuantConfig(4, split=True))
         options = CalibrationConfig(
-            iters=args.iters, batch_size=args.batch_size, weight_lr=rate, seed=args.seed, correct_scale=True
+            iters=args.iters,
+            batch_size=args.batch_size,
+            weight_lr=rate,
+            noisy_weight=noisy_weight,
+            seed=args.seed,
+            correct_scale=True,
         )
         reports = calibrate(qnn, data, options)
         error = {"scaled": held_out.error(qnn)}
@@ -61,6 +70,8 @@ def main() -> None:
         parameters = sum(r.parameters for r in reports)
         result |= {
             "rate": rate,
+            "noisy_weight": noisy_weight,
+            "first_steps": [round(v, 6) for v in error["w4a32"][:3].tolist()],
             "last_steps": [round(v, 4) for v in error["w4a32"][-3:].tolist()],
             "scale": [round(v, 3) for v in scale.weights.tolist()],
             "settled": round(sum(r.trace[-1].settled * r.parameters for r in reports) / parameters, 3),
@@ -70,7 +81,8 @@ def main() -> None:
         print(json.dumps(result), flush=True)
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
-            save_packed(args.save / f"rate{rate:g}.safetensors", qnn)
+            weighted = "" if noisy_weight == 1 else f"-noisy{noisy_weight:g}"
+            save_packed(args.save / f"rate{rate:g}{weighted}.safetensors", qnn)
 
 
 if __name__ == "__main__":

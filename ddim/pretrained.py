@@ -327,6 +327,14 @@ def load_weights(path: str | Path, model: nn.Module, config_name: str = "the con
     model.load_state_dict(weights, strict=True)
 
 
+def weights_facts(path: str | Path) -> dict[str, str]:
+    """What a file of weights says in its header of how they were made; nothing where it is pickled."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """In words, a few examples of each kind; empty where names and shapes agree."""
     missing = [name for name in expected if name not in weights]

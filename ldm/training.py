@@ -29,7 +29,9 @@ class TrainOptions:
     """How a model is trained.
 
     Attributes:
-        steps: length of the whole run, over all its invocations; the learning rate depends on it.
+        steps: length of the whole run, over all its invocations; the learning rate depends on it. None: as many as
+            ``for_minutes`` have room for, counted from the speed of the first.
+        for_minutes: length of the whole run, from the beginning of its first invocation; in place of ``steps``.
         minutes: wall time of this invocation, after which it stops and can be resumed; None for no limit.
         lr: highest learning rate.
         ema: decay of the averaged weights, in [0, 1).
@@ -37,18 +39,21 @@ class TrainOptions:
         compile: torch.compile the loss (GPU only).
     """
 
-    steps: int
+    steps: int | None
     batch_size: int
     lr: float
     ema: float
     seed: int = 0
+    for_minutes: float | None = None
     minutes: float | None = None
     precision: str = "fp32"
     compile: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "minutes"):
+        if (self.steps is None) == (self.for_minutes is None):
+            raise ValueError("say how long: --steps or --for_minutes, one of the two")
+        for name in ("steps", "batch_size", "lr", "for_minutes", "minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} {value}: must be above 0")
@@ -129,13 +134,15 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def learning_rate_factor(step: int, total: int) -> float:
+def learning_rate_factor(step: int, total: int | None) -> float:
     """Factor on the highest rate: linear warm-up, then half a cosine down to 0 (Loshchilov and Hutter 2017).
 
     Args:
         step: steps already taken.
-        total: length of the run; a tenth of it at most is warm-up.
+        total: length of the run; a tenth of it at most is warm-up. None: not known yet, the end is far.
     """
+    if total is None:
+        return min(1.0, (step + 1) / WARMUP_STEPS)
     warmup = max(1, min(WARMUP_STEPS, total // 10))
     if step < warmup:
         return (step + 1) / warmup

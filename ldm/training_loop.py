@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
 EAGER_STEPS = 5  # real steps before the capture: allocations, cuDNN's choice of kernels, compilation
 STEPS_PER_ROUND = 200  # on a GPU; every round ends with waiting for the device. On a CPU a round is one step.
 SECONDS_PER_CHECKPOINT = 60.0
+MEASURED_SHARE = 0.02  # of a run whose length is given in minutes, until its steps are counted
 SECONDS_TO_FINISH = 15.0  # of --minutes, kept for writing the results
 WEIGHT_DECAY = 0.0
 GRAD_CLIP = 1.0  # largest norm of all gradients together
@@ -40,9 +41,14 @@ GRAD_CLIP = 1.0  # largest norm of all gradients together
 
 @dataclass
 class Progress:
-    """How far a run has come; part of every checkpoint."""
+    """How far a run has come; part of every checkpoint.
+
+    Attributes:
+        total: length of the run; None where it is not known yet.
+    """
 
     step: int = 0
+    total: int | None = None
     seconds: float = 0.0  # in all invocations together
     losses: list[list[float]] = field(default_factory=list)  # [step, mean loss since the row before]
 
@@ -63,11 +69,12 @@ class TrainingLoop(pl.LightningModule):
         self.task, self.options, self.run_identity = task, options, {**options.identity(), **facts}
         self.ema = EMA(task.model, options.ema)
         self.params = [p for p in task.model.parameters() if p.requires_grad]
-        self.progress = Progress()
+        self.progress = Progress(total=options.steps)
         self.checkpoint, self.started = checkpoint, started
         self.saved_at = started
         self.random_state: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.clock: tuple[float, int] | None = None  # time and steps from which speed is measured
         self.loss_function = task.loss
 
     @property
@@ -76,7 +83,7 @@ class TrainingLoop(pl.LightningModule):
 
     @property
     def finished(self) -> bool:
-        return self.progress.step >= self.options.steps
+        return self.progress.total is not None and self.progress.step >= self.progress.total
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the weights wants to know about their making."""
@@ -84,6 +91,7 @@ class TrainingLoop(pl.LightningModule):
         return {
             **self.run_identity,
             "compile": self.options.compile,
+            "steps": self.progress.total,
             "steps_taken": self.progress.step,
             "seconds": round(self.progress.seconds, 1),
             "device": torch.cuda.get_device_name(self.options.device) if self.on_gpu else "CPU",
@@ -105,7 +113,7 @@ class TrainingLoop(pl.LightningModule):
         self.earlier_seconds = self.progress.seconds
         if self.random_state is not None:
             (torch.cuda.set_rng_state if self.on_gpu else torch.set_rng_state)(self.random_state.cpu())
-        self.bar = tqdm(total=self.options.steps, initial=self.progress.step, unit="step", mininterval=5)
+        self.bar = tqdm(total=self.progress.total, initial=self.progress.step, unit="step", mininterval=5)
         if self.on_gpu and not self.finished:
             self._prepare_graph()
 
@@ -140,7 +148,7 @@ class TrainingLoop(pl.LightningModule):
         self.graph = graph
 
     def _set_rate(self) -> None:
-        self.rate.fill_(self.options.lr * learning_rate_factor(self.progress.step, self.options.steps))
+        self.rate.fill_(self.options.lr * learning_rate_factor(self.progress.step, self.progress.total))
 
     def _step(self) -> None:
         """One step, without any traffic between host and device."""
@@ -165,7 +173,9 @@ class TrainingLoop(pl.LightningModule):
         if self.finished:  # killed between the last step and the results, and resumed for them
             return
         self.loss_sum.zero_()
-        count = min(STEPS_PER_ROUND if self.on_gpu else 1, self.options.steps - self.progress.step)
+        count = STEPS_PER_ROUND if self.on_gpu else 1
+        if self.progress.total is not None:
+            count = min(count, self.progress.total - self.progress.step)
         for _ in range(count):
             self._set_rate()
             if self.graph is None:
@@ -180,6 +190,23 @@ class TrainingLoop(pl.LightningModule):
         self.logger.experiment.add_scalar("loss", loss, self.progress.step)
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update(count)
+        if self.progress.total is None:
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        """How many steps the run's minutes have room for, once enough of them were timed; the first round is not."""
+        now, step = time.perf_counter(), self.progress.step
+        if self.clock is None:
+            self.clock = now, step
+            return
+        length = 60 * self.options.for_minutes
+        if now - self.clock[0] < MEASURED_SHARE * length:
+            return
+        each = (now - self.clock[0]) / (step - self.clock[1])
+        spent = self.earlier_seconds + now - self.started
+        self.progress.total = step + max(1, int((length - spent - SECONDS_TO_FINISH) / each))
+        self.bar.total = self.progress.total
+        print(f"{1000 * each:.2f} ms a step: {self.progress.total} steps in {self.options.for_minutes:g} minutes")
 
     def on_train_epoch_end(self) -> None:
         now = time.perf_counter()

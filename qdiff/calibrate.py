@@ -25,7 +25,8 @@ from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.memory import Collector, MemoryBudget, gpu_limit
+from qdiff.memory import MemoryBudget, gpu_limit
+from qdiff.places import Collector
 from qdiff.primitives import reconstruction_loss
 from qdiff.progress import CalibrationProgress, FinishedUnit
 from qdiff.quant_model import QuantModel, Unit, evaluating

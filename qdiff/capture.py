@@ -17,18 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.memory import (
-    Collector,
-    Kept,
-    MemoryBudget,
-    MemoryPlan,
-    Shelf,
-    Storage,
-    connection_origins,
-    learning_bytes,
-    measure,
-    unpacked,
-)
+from qdiff.memory import Kept, MemoryBudget, MemoryPlan, Storage, connection_origins, learning_bytes, measure
+from qdiff.places import Collector, Shelf, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts

@@ -147,6 +147,8 @@ class CalibrationConfig:
             after ``warmup`` (a share of the iterations) during which it is off.
         range_samples: how many calibration samples set the first activation ranges, None for the whole set;
             range_order: which ones. Grids that depend on the timestep always use all samples of their timestep.
+        noisy_weight: how many times as often samples of the noisiest timestep are drawn as those of the cleanest, in
+            equal ratios from one timestep to the next; 1 draws all alike, as published.
         running_stat: average the ranges over the whole set first (momentum 0.95); rs_sm_only: softmax maps only.
         seed: of every draw; the same seed gives the same checkpoint.
         precision: of the reconstruction's arithmetic on a GPU; a CPU computes in fp32.
@@ -168,6 +170,7 @@ class CalibrationConfig:
     warmup: float = 0.2
     range_samples: int | None = 64
     range_order: Literal["random", "first"] = "random"
+    noisy_weight: float = 1.0
     running_stat: bool = False
     rs_sm_only: bool = False
     seed: int = 1234
@@ -184,7 +187,7 @@ class CalibrationConfig:
         for name in ("iters", "iters_a"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        for name in ("weight_lr", "lr", "p"):
+        for name in ("weight_lr", "lr", "p", "noisy_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.warmup < 1:

@@ -11,24 +11,21 @@ itself while it computes, or in files mapped into memory.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qdiff import fused
-from qdiff.pinned import ALIGNMENT, Arena
+from qdiff.pinned import Arena
+from qdiff.places import Collector, Place, Shelf, compactable
 from qdiff.quant_model import QuantModel
-
-Place = Literal["gpu", "host", "partly", "disk"]
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.6  # of what is free, where no budget is given
 GIB = 2**30
@@ -99,7 +96,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     """Run one sample through the full-precision network and look at what travels."""
 
     def size(x: Tensor) -> int:
-        return x.numel() * (2 if compact and _compactable(x) else x.element_size())
+        return x.numel() * (2 if compact and compactable(x) else x.element_size())
 
     units: dict[str, int] = {}
 
@@ -161,6 +158,10 @@ class Kept(NamedTuple):
 
     trunk: bool
     skips: tuple[bool, ...]
+
+    def bytes_of(self, boundary: Boundary) -> int:
+        """What it takes, a sample."""
+        return self.trunk * boundary.trunk + sum(itertools.compress(boundary.skips, self.skips))
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,9 @@ class MemoryPlan:
         """What of a unit's data has no room where it computes."""
         return (self.rows - self.gpu_rows(path)) * self.sizes.units[path]
 
+    def _units_on_host(self, boundary: Boundary) -> int:
+        return max(map(self._unit_on_host, boundary.units), default=0)  # one after the other
+
     def _unit_on_host(self, path: str) -> int:
         if not self.on_gpu:
             return self.rows * self.sizes.units[path]
@@ -293,7 +297,7 @@ class MemoryPlan:
         there: list[list[bool]] = [[], []]  # of each network, the open connections that are there still
         kept = []
         for boundary in self.sizes.boundaries:
-            room = self.host_bytes / _ARENA_SLACK - max(map(self._unit_on_host, boundary.units), default=0)
+            room = self.host_bytes / _ARENA_SLACK - self._units_on_host(boundary)
             trunks = []
             for open_ in there:
                 open_[:] = (open_ + [True] * len(boundary.skips))[: len(boundary.skips)]
@@ -327,11 +331,15 @@ class MemoryPlan:
         """Pinned memory for the features and the rows that lie on the host."""
         if not self.on_gpu:
             return 0
-        if self.features in ("gpu", "disk"):
-            return int(min(self.host_bytes, _ARENA_SLACK * self.largest_far))
+        need = self.largest_far
         if self.features == "host":
-            return int(min(self.host_bytes, _ARENA_SLACK * (self.feature_bytes + self.largest_far)))
-        return max(0, self.host_bytes)
+            need += self.feature_bytes
+        elif self.features == "partly":
+            need = max(
+                self._units_on_host(boundary) + self.rows * sum(kept.bytes_of(boundary) for kept in networks)
+                for boundary, networks in zip(self.sizes.boundaries, self.kept(), strict=True)
+            )
+        return int(min(self.host_bytes, _ARENA_SLACK * need))
 
 
 class Storage:
@@ -468,205 +476,3 @@ def give_back_unused(device: torch.device) -> None:
     """Where a limit is set, free what PyTorch holds but does not use: a graph being recorded cannot do so itself."""
     if device in _limited:
         torch.cuda.empty_cache()
-
-
-# Types.
-
-
-def _compactable(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.dim() > 1
-
-
-def packed(x: Tensor) -> Tensor:
-    """A feature in half precision, 11 bits of mantissa, where its values fit.
-
-    Rounding to it costs 2e-8 of a feature's power, 4-bit weights cost 1e-3. Timesteps and other vectors stay as they
-    are.
-    """
-    if not _compactable(x):
-        return x
-    half = x.half()
-    return half if bool(torch.isfinite(half).all()) else x
-
-
-def unpacked(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float16 else x
-
-
-# Places.
-
-
-class Shelf:
-    """Keeps features as they come, in one place.
-
-    Args:
-        compact: in half precision.
-        folder: of files.
-        arena: pinned memory, for the host's.
-    """
-
-    def __init__(self, place: Place, *, compact: bool, folder: Path | None = None, arena: Arena | None = None):
-        self.place, self.compact, self.folder, self.arena = place, compact, folder, arena
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """``x`` as it would come back, where it is."""
-        return packed(x) if self.compact else x
-
-    def keep(self, x: Tensor) -> Tensor:
-        """``x`` where it shall wait; itself where it is there already."""
-        x = self.rounded(x)
-        if self.place == "gpu":
-            return x
-        if self.place == "disk":
-            return x if x.device.type == "cpu" and _is_mapped(x) else mapped_empty(x, self.folder).copy_(x)
-        if x.device.type == "cpu":
-            return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
-        flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
-        return x.cpu() if flat is None else _laid_out_like(flat, x).copy_(x)
-
-
-def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:
-    """A tensor of a shape and type whose memory is a file, which goes with it.
-
-    Raises:
-        OSError: the disk is full; found out here, not by a signal when the memory is written.
-    """
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
-    try:
-        size = max(1, like.numel() * like.element_size())
-        try:
-            os.posix_fallocate(handle, 0, size)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder or tempfile.gettempdir())) from error
-        flat = torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype)
-    finally:
-        os.close(handle)
-        os.unlink(name)  # the mapping keeps it until the tensor is gone
-    _MAPPED.add(flat.untyped_storage().data_ptr())
-    weakref.finalize(flat, _MAPPED.discard, flat.untyped_storage().data_ptr())
-    return _laid_out_like(flat, like)
-
-
-_MAPPED: set[int] = set()
-
-
-def _is_mapped(x: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() in _MAPPED
-
-
-def _laid_out_like(flat: Tensor, like: Tensor) -> Tensor:
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        n, c, h, w = like.shape
-        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
-    return flat.view(like.shape)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where the rows of one collector go; see :class:`Collector`."""
-
-    rows: int
-    near: int
-    compact: bool
-    pinned: bool
-    folder: Path | None
-    arena: Arena | None
-
-
-class Collector:
-    """Puts a unit's rows where they shall lie as they come, chunk by chunk: no second copy of them ever exists.
-
-    Args:
-        rows: how many will come; near: how many of them stay on the device they come from.
-        compact: in half precision.
-        pinned: the others in host memory, out of ``arena`` where they come from a GPU; otherwise in a file in
-            ``folder``.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        near: int,
-        *,
-        compact: bool,
-        pinned: bool = True,
-        folder: Path | None = None,
-        arena: Arena | None = None,
-    ):
-        self.rows, self.pinned = rows, pinned
-        self._layout = _Layout(rows, near, compact, pinned, folder, arena)
-        self.filled = 0
-        self._stores: list[_RowStore] = []
-
-    def add(self, tensors: tuple[Tensor, ...]) -> None:
-        """The next rows, of every tensor."""
-        if not self._stores:
-            self._stores = [_RowStore(self._layout, x) for x in tensors]
-        for store, x in zip(self._stores, tensors, strict=True):
-            store.write(self.filled, x)
-        self.filled += len(tensors[0])
-
-    def parts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The near rows and the others, of every tensor."""
-        if self.filled != self.rows:
-            raise RuntimeError(f"{self.filled} of {self.rows} rows were collected")
-        return tuple(s.near() for s in self._stores), tuple(s.far() for s in self._stores)
-
-
-class _RowStore:
-    """The rows of one tensor, as they lie in memory: channels last on a GPU."""
-
-    def __init__(self, layout: _Layout, first: Tensor):
-        # Not the collector itself: the two would keep one another alive until the next collection of garbage.
-        self.layout, self.shape = layout, tuple(first.shape[1:])
-        self.last = first.device.type == "cuda"
-        self.dtype = torch.float16 if layout.compact and _compactable(first) else first.dtype
-        self.length = first[0].numel()
-        self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
-        self.tail = self._far(layout.rows - layout.near)
-
-    def _far(self, count: int) -> Tensor:
-        if count and not self.layout.pinned:
-            like = torch.empty(count, self.length, dtype=self.dtype, device="meta")
-            return mapped_empty(like, self.layout.folder)
-        if count and self.last:
-            return self._pinned(count)
-        return torch.empty(count, self.length, dtype=self.dtype)
-
-    def _pinned(self, count: int) -> Tensor:
-        """Out of the arena; where its gaps are too small, memory of its own: the GPU has to reach it."""
-        shape, arena = (count, self.length), self.layout.arena
-        piece = None if arena is None else arena.empty(shape, self.dtype, from_top=True)
-        if piece is None:
-            log.debug("%d rows of %d values get pinned memory of their own", *shape)
-            piece = Arena(count * self.length * self.dtype.itemsize + ALIGNMENT).empty(shape, self.dtype)
-        return piece
-
-    def write(self, start: int, x: Tensor) -> None:
-        rows = fused.rows_view(x) if self.last else x.reshape(len(x), -1)
-        if self.dtype == torch.float16 and rows.dtype == torch.float32:
-            half = rows.half()
-            if bool(torch.isfinite(half).all()):
-                rows = half
-            else:
-                self._widen()
-        near = max(0, min(len(self.head) - start, len(rows)))
-        self.head[start : start + near].copy_(rows[:near])
-        offset = max(0, start - len(self.head))
-        self.tail[offset : offset + len(rows) - near].copy_(rows[near:])
-
-    def _widen(self) -> None:
-        """Values beyond half precision have come."""
-        self.dtype = torch.float32
-        self.head = self.head.float()
-        tail = self._far(len(self.tail))
-        self.tail = tail.copy_(self.tail)
-
-    def near(self) -> Tensor:
-        return self._shaped(self.head)
-
-    def far(self) -> Tensor:
-        return self._shaped(self.tail)
-
-    def _shaped(self, rows: Tensor) -> Tensor:
-        return fused.from_rows(rows, self.shape) if self.last else rows.view(len(rows), *self.shape)

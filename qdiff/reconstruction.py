@@ -257,10 +257,30 @@ def set_clock(unit: Unit, data: UnitData, index: Tensor) -> None:
         unit.clock.set(data.t.index_select(0, index.to(data.t.device)))
 
 
-def draw_batches(samples: int, batch_size: int, iterations: int, seed: int) -> Tensor:
-    """Which samples each iteration sees: iterations x batch_size indices, shuffled epoch after epoch."""
+def timestep_weights(t: Tensor | None, noisy_weight: float) -> Tensor | None:
+    """How often each sample is drawn, relative to those of the cleanest timestep; None: all alike.
+
+    Args:
+        t: the timestep of every sample; larger is noisier.
+        noisy_weight: see :class:`CalibrationConfig`.
+    """
+    if t is None or noisy_weight == 1:
+        return None
+    known, rank = t.cpu().unique(return_inverse=True)
+    return noisy_weight ** (rank.double() / max(1, len(known) - 1))
+
+
+def draw_batches(samples: int, batch_size: int, iterations: int, seed: int, *, weights: Tensor | None = None) -> Tensor:
+    """Which samples each iteration sees: iterations x batch_size indices, shuffled epoch after epoch.
+
+    Args:
+        weights: draw with replacement instead, each sample in proportion to its weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch = min(batch_size, samples)
+    if weights is not None:
+        chosen = torch.multinomial(weights, iterations * batch, replacement=True, generator=generator)
+        return chosen.view(iterations, batch)
     epochs = max(1, -(-iterations * batch // samples))
     order = torch.cat([torch.randperm(samples, generator=generator) for _ in range(epochs)])
     return order[: iterations * batch].view(iterations, batch)
@@ -346,7 +366,8 @@ class _Loop:
         self.config, self.p = config, p
         self.device = device_of(unit)
         self.iterations, self.reference = iterations, reference
-        draws = draw_batches(len(data), config.batch_size, iterations, seed)
+        weights = timestep_weights(data.t, config.noisy_weight)
+        draws = draw_batches(len(data), config.batch_size, iterations, seed, weights=weights)
         self.batch = draws.shape[1]  # of all processes together
         self.draws = WORKERS.share(draws).contiguous().to(self.device)
         self.losses = torch.zeros(iterations, device=self.device)

@@ -6,12 +6,15 @@
     python scripts/benchmark.py scaling         calibration time against units, samples and iterations
     python scripts/benchmark.py cpu             ratios on a CPU: steps, and iterations of every unit
 
-Each prints a table, and writes it as JSON with the device, the versions and the commit.
+``calibration`` and ``step`` take the configs of latent models too, as ``--config models/ldm/lsun_beds256/config.yaml``:
+their UNet, with random weights, at full size. Each prints a table, and writes it as JSON with the device, the versions
+and the commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib
 import logging
@@ -19,21 +22,29 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
 import torch._dynamo.utils
+import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddim.config import PixelConfig, load_config
+from ddim.config import ConfigError, PixelConfig, load_config
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.unet import UNet
+from ldm.models.diffusion.ddim import latent_timesteps
+from ldm.modules.ema import MODEL
+from ldm.pretrained import build_latent_diffusion
+from ldm.random_weights import random_checkpoint
+from ldm.util import load_model_config
 from qdiff.calibrate import UnitProgress, calibrate
 from qdiff.calibration_data import CalibrationSet, load_calibration_set, selected_steps
 from qdiff.capture import UnitData
@@ -67,7 +78,12 @@ CIFAR = ROOT / "configs" / "cifar10.yml"
 FASHION = ROOT / "configs" / "fashion_mnist.yml"
 BUNDLED = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8-published.safetensors"  # flags as W4A8 below
 W4A8 = QuantConfig(4, 8, quant_act=True, a_sym=True, split=True)
-SAMPLER_STEPS = 100
+SAMPLER_STEPS, LATENT_STEPS = 100, 200
+# The published flags of two latent models: fields of QuantConfig, and of CalibrationConfig.
+FLAGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bedroom": ({"a_sym": True, "act_range": "max"}, {"running_stat": True}),
+    "church": ({"a_sym": False, "act_range": "mse"}, {}),
+}
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest calibration, for the lines of `scaling`
 
 
@@ -109,6 +125,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_calibration_arguments(own)
     own.add_argument("--units", type=at_least(1), metavar="K", help="learn K evenly spaced units, extrapolate the rest")
     own.add_argument("--profile", action="store_true", help="what iterations consist of; use few of them")
+    own.add_argument(
+        "--full_iters",
+        type=at_least(1),
+        metavar="N",
+        help="extrapolate to so many iterations, weights; needs --iters N",
+    )
+    own.add_argument("--full_iters_a", type=at_least(1), metavar="N", help="the same, activations")
+    own.add_argument(
+        "--flags", choices=FLAGS, default="bedroom", help="of a latent model: as published for this one [bedroom]"
+    )
 
     own = add("step", benchmark_step, CIFAR, "One call of the network: precisions, quantized or not, compiled or not.")
     own.add_argument(
@@ -172,6 +198,102 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# What is measured.
+
+
+class Network(Protocol):
+    """A UNet, of whatever family.
+
+    Attributes:
+        shape: C x H x W of its input; context_shape: L x D of its context, where it takes one.
+        quant: W4A8 as the family's published commands have it, and ``options``, fields of their CalibrationConfig.
+        alpha_bar: of its noise schedule; visited: timesteps of a sampler, ascending.
+    """
+
+    shape: tuple[int, int, int]
+    context_shape: tuple[int, int] | None
+    quant: QuantConfig
+    options: dict[str, Any]
+    alpha_bar: Tensor
+    visited: Sequence[int]
+
+    def make(self, *, random: bool) -> nn.Module:
+        """With its weights, or with random ones; a new one each time, on the CPU, in evaluation mode."""
+
+
+class PixelNetwork:
+    """Of a pixel-space model, with split shortcuts and symmetric activations."""
+
+    context_shape, quant = None, W4A8
+
+    def __init__(self, path: Path):
+        self.config: PixelConfig = load_config(path)
+        data, diffusion = self.config.data, self.config.diffusion
+        self.shape = (data.channels, data.image_size, data.image_size)
+        self.options: dict[str, Any] = {}
+        self.alpha_bar = alphas_cumprod(make_betas(diffusion))
+        self.visited = sampling_timesteps(diffusion.num_diffusion_timesteps, SAMPLER_STEPS, "quad")
+
+    def make(self, *, random: bool) -> nn.Module:
+        if not random:
+            return full_precision(self.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return UNet.from_config(self.config).eval()
+
+
+class LatentNetwork:
+    """Of a latent model; its first stage is not built."""
+
+    def __init__(self, path: Path, flags: str):
+        self.path = path
+        self.config = load_model_config(path)
+        self.draws = random_checkpoint(self.config)
+        with torch.device("meta"):
+            self.diffusion = build_latent_diffusion(self.config)
+        self.shape = self.diffusion.latent_shape
+        self.context_shape = None
+        if self.diffusion.conditional:
+            width = self.config["params"]["unet_config"]["params"].get("context_dim")
+            if width is None:
+                raise ConfigError(f"{path}: its condition does not reach the UNet as a context")
+            self.context_shape = (1, width)
+        quant, self.options = FLAGS[flags]
+        self.quant = QuantConfig(4, 8, quant_act=True, weight_range="mse", **quant)
+        self.options = {"range_order": "first", **self.options}
+        self.alpha_bar = self.draws["alphas_cumprod"].values
+        train = self.diffusion.num_timesteps
+        self.visited = latent_timesteps(train, min(LATENT_STEPS, max(1, train // 2)))
+
+    def make(self, *, random: bool) -> nn.Module:
+        if not random:
+            raise UserError(f"{self.path}: of latent models only random weights are measured; say --random_weights")
+        return copy.deepcopy(self._unet)
+
+    @cached_property
+    def _unet(self) -> nn.Module:
+        unet, prefix = self.diffusion.model.diffusion_model, f"{MODEL}diffusion_model."
+        state = {}
+        for name, draw in self.draws.items():
+            if name.startswith(prefix):
+                state[name.removeprefix(prefix)] = tensor = torch.empty(draw.shape, dtype=draw.dtype)
+                draw.fill(tensor, name, seed=0)
+        unet.load_state_dict(state, assign=True)
+        return unet.eval().requires_grad_(False)
+
+
+def network_of(args: Any) -> Network:
+    """The network that ``--config`` describes; a latent model's file says so by a target."""
+    try:
+        content = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None  # whoever reads a config says what is wrong with it
+    section = content.get("model") if isinstance(content, dict) else None
+    if isinstance(section, dict) and "target" in section:
+        return LatentNetwork(args.config, getattr(args, "flags", "bedroom"))
+    return PixelNetwork(args.config)
+
+
 # A calibration.
 
 
@@ -209,18 +331,32 @@ class Breakdown:
     def total(self) -> float:
         return sum(getattr(self, part) for part in self.PARTS)
 
-    def extrapolated(self) -> Breakdown:
-        """As if every unit had been learned: those that were stand for all."""
+    def extrapolated(self, iterations: Mapping[str, int | None] = MappingProxyType({})) -> Breakdown:
+        """As if every unit had been learned: those that were stand for all.
+
+        Args:
+            iterations: phase -> how many it would have had, where not those that it had. What is done once a unit is
+                counted once.
+        """
         learned = [r for r in self.reports if r.name not in self.skipped]
         share = len(self.reports) / max(1, len(learned))
-        return dataclasses.replace(self, weights=self.weights * share, activations=self.activations * share)
+        more = dict.fromkeys(("weights", "activations"), 0.0)
+        for r in learned:
+            if (wanted := iterations.get(r.phase)) and r.iterations:
+                more[r.phase] += r.loop_seconds * (wanted / r.iterations - 1)
+        return dataclasses.replace(
+            self,
+            weights=(self.weights + more["weights"]) * share,
+            activations=(self.activations + more["activations"]) * share,
+        )
 
 
 def benchmark_calibration(args: Any) -> Result:
     started = time.perf_counter() - seconds_of_process()
     with profiled(args) as profile:
         parts = run_calibration(args, started=started, units=args.units)
-    whole = parts.extrapolated()
+    wanted = {"weights": args.full_iters, "activations": args.full_iters_a}
+    whole = parts.extrapolated(wanted)
     lines = [[name, f"{getattr(whole, name):.1f}", f"{getattr(whole, name) / whole.total:.0%}"] for name in whole.PARTS]
     lines.append(["whole", f"{whole.total:.1f}", ""])
     rows = unit_rows(parts)
@@ -233,9 +369,12 @@ def benchmark_calibration(args: Any) -> Result:
             f"Extrapolated: {learned} of {len({r.name for r in parts.reports})} units were learned, in "
             f"{parts.weights + parts.activations:.1f} s."
         )
+    if any(wanted.values()):
+        notes.append(extrapolation_note(parts, args))
     facts = {name: getattr(whole, name) for name in whole.PARTS} | {
         "whole": whole.total,
-        "extrapolated": bool(args.units),
+        "extrapolated": bool(args.units or any(wanted.values())),
+        "measured_s": parts.total,
     }
     facts["compiling"] = compile_seconds()
     notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
@@ -254,6 +393,22 @@ def benchmark_calibration(args: Any) -> Result:
     return Result(["part", "seconds", "share"], lines, facts, notes)
 
 
+def extrapolation_note(parts: Breakdown, args: Any) -> str:
+    """What the table's figures are where iterations were extrapolated."""
+    failed = sorted(
+        {r.name for r in parts.reports if r.iterations and not r.loop_seconds and r.name not in parts.skipped}
+    )
+    note = (
+        f"An extrapolation, not a measurement: {args.iters} + {args.iters_a} iterations a unit ran, in "
+        f"{parts.total:.1f} s altogether; the table has the time of {args.full_iters or args.iters} + "
+        f"{args.full_iters_a or args.iters_a}, each as long as the mean of those that ran. Long optimisations choose "
+        "their convolutions by trying all, which short ones do not."
+    )
+    if failed:
+        note += f" Not counted are {len(failed)} units that stopped before the end: {', '.join(failed)}."
+    return note
+
+
 def compile_seconds() -> float:
     """What torch.compile took in this process."""
     return sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [0.0]))
@@ -270,10 +425,10 @@ def run_calibration(
         samples: of each timestep, in place of ``args.cali_n``.
         changes: fields of :class:`CalibrationConfig`.
     """
-    device, config = args.device, load_config(args.config)
-    qnn = QuantModel.from_config(network(config, random=args.random_weights).to(device), W4A8)
-    data = calibration_set(args, config, samples or args.cali_n)
-    options = calibration_config(args, **changes)
+    device, network = args.device, network_of(args)
+    qnn = QuantModel.from_config(network.make(random=args.random_weights).to(device), network.quant)
+    data = calibration_set(args, network, samples or args.cali_n)
+    options = calibration_config(args, **network.options, **changes)
     chosen = evenly([unit.path for unit in qnn.units()], units)
     parts = Breakdown(skipped=frozenset(unit.path for unit in qnn.units() if unit.path not in chosen))
     wait_for(device)
@@ -382,29 +537,32 @@ def only(chosen: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def network(config: PixelConfig, *, random: bool) -> UNet:
-    """The model with its weights, or with random ones; on the CPU, in evaluation mode."""
-    if not random:
-        return full_precision(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return UNet.from_config(config).eval()
+def calibration_set(args: Any, network: Network, samples: int) -> CalibrationSet:
+    """The set of the flags, or random images noised as the forward process does, at the steps a sampler would visit.
 
-
-def calibration_set(args: Any, config: PixelConfig, samples: int) -> CalibrationSet:
-    """The set of the flags, or random images noised as the forward process does, at the steps a sampler would visit."""
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    A conditional network sees each of them twice, with a condition of its own and with that which all have in common.
+    """
+    conditional = network.context_shape is not None
     if args.cali_data_path is not None:
-        return load_calibration_set(args.cali_data_path, cali_st=args.cali_st, cali_n=samples, image_shape=shape)
-    alpha_bar = alphas_cumprod(make_betas(config.diffusion))
-    visited = sampling_timesteps(config.diffusion.num_diffusion_timesteps, SAMPLER_STEPS, "quad")[::-1]
+        return load_calibration_set(
+            args.cali_data_path,
+            cali_st=args.cali_st,
+            cali_n=samples,
+            image_shape=network.shape,
+            conditional=conditional,
+        )
+    visited = network.visited[::-1]
     times = [visited[step] for step in selected_steps(len(visited), args.cali_st)]
     draws = torch.Generator().manual_seed(0)
     t = torch.tensor(times).repeat_interleave(samples)
-    images = torch.rand(len(t), *shape, generator=draws) * 2 - 1
-    a = alpha_bar[t].float().view(-1, 1, 1, 1)
+    images = torch.rand(len(t), *network.shape, generator=draws) * 2 - 1
+    a = network.alpha_bar[t].float().view(-1, 1, 1, 1)
     x = a.sqrt() * images + (1 - a).sqrt() * torch.randn(images.shape, generator=draws)
-    return CalibrationSet(x, t.float())
+    if not conditional:
+        return CalibrationSet(x, t.float())
+    own = torch.randn(len(t), *network.context_shape, generator=draws)
+    none = torch.randn(1, *network.context_shape, generator=draws).expand_as(own)
+    return CalibrationSet(torch.cat([x, x]), torch.cat([t, t]).float(), torch.cat([own, none]))
 
 
 def calibration_config(args: Any, **changes: Any) -> CalibrationConfig:
@@ -479,7 +637,7 @@ class Variant:
     """One way of running the network.
 
     Attributes:
-        quant: ``full``, ``w4a8`` or ``w4a32``, the last two with split shortcuts and symmetric activations.
+        quant: ``full``, ``w4a8`` or ``w4a32``, the last two with the published flags of the network.
     """
 
     name: str
@@ -508,14 +666,14 @@ def variants(device: torch.device) -> list[Variant]:
 
 
 def benchmark_step(args: Any) -> Result:
-    config = load_config(args.config)
+    network = network_of(args)
     chosen = variants(args.device)
     if args.variants:
         known = [v.name for v in chosen]
         if unknown := [name for name in args.variants if name not in known]:
             raise UserError(f"--variants {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
         chosen = [v for v in chosen if v.name in args.variants]
-    rows = [row for size in args.batch_sizes for row in step_rows(chosen, config, size, args)]
+    rows = [row for size in args.batch_sizes for row in step_rows(chosen, network, size, args)]
     add_ratios(rows)
     lines = [
         [
@@ -551,42 +709,51 @@ def number(value: float | None) -> str:
 
 
 @torch.no_grad()
-def step_rows(chosen: Sequence[Variant], config: PixelConfig, batch_size: int, args: Any) -> Iterator[dict[str, Any]]:
-    shape = (batch_size, config.data.channels, config.data.image_size, config.data.image_size)
-    x, t = torch.randn(shape, device=args.device), torch.full((batch_size,), 400.0, device=args.device)
+def step_rows(chosen: Sequence[Variant], network: Network, batch_size: int, args: Any) -> Iterator[dict[str, Any]]:
+    shape = (batch_size, *network.shape)
+    inputs = [x.to(args.device) for x in random_inputs(network, batch_size)]
     on_gpu = args.device.type == "cuda"
     for variant in chosen:
         row: dict[str, Any] = {"variant": variant.name, "batch_size": batch_size, "ms": None, "graph_ms": None}
         # Nothing to capture on a CPU; what is compiled for a GPU is always captured.
         for graph in (False, True) if on_gpu and not variant.inference.compile else (on_gpu,):
-            model = step_model(variant.quant, config, args.device)
+            model = step_model(variant.quant, network, args.device)
             started = time.perf_counter()
             run = prepare(
                 model,
                 variant.inference,
                 shape=shape,
                 device=args.device,
+                context_shape=network.context_shape,
                 cuda_graph=graph,
                 allow_tf32=variant.allow_tf32,
             )
             wait_for(args.device)
             row["prepare_s"] = time.perf_counter() - started
             with tf32(variant.allow_tf32):
-                taken = median_seconds(lambda run=run: run(x, t), args.device, repeats=args.repeats, warmup=3)
+                taken = median_seconds(lambda run=run: run(*inputs), args.device, repeats=args.repeats, warmup=3)
             row["graph_ms" if graph else "ms"] = 1e3 * taken
         row["best_ms"] = min(ms for ms in (row["ms"], row["graph_ms"]) if ms is not None)
         print(row, file=sys.stderr, flush=True)
         yield row
 
 
-def step_model(quant: str, config: PixelConfig, device: torch.device) -> nn.Module:
-    """With random weights: a step takes the same time with any. Ranges come from a few random inputs."""
-    unet = network(config, random=True).to(device)
+def random_inputs(network: Network, count: int) -> tuple[Tensor, ...]:
+    """So many rows of what the network is called with."""
+    x, t = torch.randn(count, *network.shape), torch.full((count,), min(400.0, len(network.alpha_bar) / 2))
+    return (x, t) if network.context_shape is None else (x, t, torch.randn(count, *network.context_shape))
+
+
+def step_model(quant: str, network: Network, device: torch.device) -> nn.Module:
+    """With random weights: a step takes the same time with any. Ranges are the smallest and largest values, those of
+    activations of a few random inputs: what they are changes no time either.
+    """
+    unet = network.make(random=True).to(device)
     if quant == "full":
         return unet
-    qnn = QuantModel.from_config(unet, W4A8)
-    x = torch.randn(2, config.data.channels, config.data.image_size, config.data.image_size)
-    calibrate(qnn, CalibrationSet(x, torch.full((2,), 400.0)), CalibrationConfig(), mode="linear")
+    qnn = QuantModel.from_config(unet, dataclasses.replace(network.quant, weight_range="max", act_range="max"))
+    data = CalibrationSet(*random_inputs(network, 2))
+    calibrate(qnn, data, CalibrationConfig(), mode="linear")
     qnn.set_quant_state(True, quant == "w4a8")
     return qnn
 
@@ -639,7 +806,8 @@ def benchmark_range_search(args: Any) -> Result:
 
 def benchmark_scaling(args: Any) -> Result:
     """Calibrations that differ from the largest in one thing: a quarter, a half, three quarters of it."""
-    units = len(QuantModel.from_config(network(load_config(args.config), random=True), W4A8).units())
+    network = network_of(args)
+    units = len(QuantModel.from_config(network.make(random=True), network.quant).units())
     axes: dict[str, list[tuple[float, dict[str, Any]]]] = {
         "iterations": [
             (

@@ -11,11 +11,9 @@ paper's iterations, side by side: ``demo/comparison.png``, ``demo/comparison.md`
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,8 +23,8 @@ from qdiff.calibrate import calibrate
 from qdiff.calibration_data import load_calibration_set
 from qdiff.checkpoint import packed_bytes, read_info
 from qdiff.cli import make_calibration_data, sample_ddim
+from qdiff.cli.demonstration import Row, command, comparison, measured, quoted, say
 from qdiff.config import CalibrationConfig
-from qdiff.evaluation.image_metrics import psnr
 from qdiff.evaluation.image_sets import load_image_set
 from qdiff.evaluation.sampling import sample_images
 from qdiff.evaluation.variants import (
@@ -35,8 +33,6 @@ from qdiff.evaluation.variants import (
     from_packed,
     full_precision,
     held_out_inputs,
-    markdown_table,
-    seconds_per_step,
 )
 from qdiff.quant_model import QuantModel
 
@@ -54,17 +50,6 @@ TIMESTEPS = 20
 SAMPLES_A_STEP = 16
 ITERATIONS, ITERATIONS_A, BATCH = 200, 40, 16
 ROUNDING_RATE = 0.02  # of AdaRound: with a hundredth of the iterations each has to move further (default 0.001)
-
-
-@dataclass
-class Row:
-    """One variant in the comparison."""
-
-    label: str
-    images: Tensor
-    bytes: int
-    seconds_per_step: float
-    output_error: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -134,21 +119,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"The images: {args.out / 'comparison.png'}   ({time.perf_counter() - started:.0f} s)")
 
 
-def say(text: str) -> None:
-    print(f"\n== {text}\n", flush=True)
-
-
-def command(function: Callable[[list[str]], int | None], line: str) -> None:
-    """Run one of the real commands, shown as it would be typed."""
-    print(f"$ python scripts/{line}\n", flush=True)
-    if status := function(shlex.split(line)[1:]):
-        raise SystemExit(status)
-
-
-def quoted(path: Path) -> str:
-    return shlex.quote(str(path))
-
-
 def compare(
     config: PixelConfig, calibration_set: Path, packed: Path, resumed: Path, options: Path, count: int
 ) -> list[Row]:
@@ -189,39 +159,19 @@ def measure(
         images = sample_images(
             model, config, count=count, batch_size=32, timesteps=TIMESTEPS, skip_type="quad", seed=SEED
         )
-    seconds = seconds_per_step(model, held_out.x[:32], held_out.t[:32], repeats=3)
-    return Row(label, images, size, seconds, held_out.error(model).mean().item())
+    return measured(label, model, held_out, size, images)
 
 
 def summary(rows: list[Row]) -> str:
     """The table, and what it does not show by itself."""
-    full, nearest, *calibrated = rows
-    lines = []
-    for row in rows:
-        exact = row is full
-        similarity = "" if exact else f"{psnr(row.images, full.images).mean().item():.1f} dB"
-        error = "" if exact else f"{row.output_error:.4f}"
-        lines.append([row.label, f"{row.bytes / 2**20:.2f} MiB", error, similarity, f"{row.seconds_per_step:.2f} s"])
-    header = ["variant", "model size", "output error", "PSNR to full precision", "a step of 32 images"]
-    text = [markdown_table(header, lines), "", f"{len(full.images)} images, {TIMESTEPS} steps; CPU."]
-    text += [sentence for row in calibrated if (sentence := where_worse(row, nearest, full))]
+    closing = f"{len(rows[0].images)} images, {TIMESTEPS} steps; CPU."
+    text = comparison(rows, batch="32 images", closing=closing)
     text.append(
         "Low bits are simulated: the file is small, the arithmetic is not faster. The Fréchet distances of 10 000 "
         "images each, recorded on a GPU (qdiff-w4a8: bundled, published; qdiff-w4a8-BEST-corrected: bundled, options):"
     )
     text += ["", *recorded_distances()]
     return "\n".join(text)
-
-
-def where_worse(row: Row, nearest: Row, full: Row) -> str:
-    """A sentence where a calibrated variant does not beat plain rounding."""
-    worse = []
-    if row.output_error > nearest.output_error:
-        worse.append(f"output error ({row.output_error:.4f} against {nearest.output_error:.4f})")
-    mine, theirs = (psnr(x.images, full.images).mean().item() for x in (row, nearest))
-    if mine < theirs:
-        worse.append(f"PSNR ({mine:.1f} dB against {theirs:.1f} dB)")
-    return f"{row.label} is worse than {nearest.label} in {' and '.join(worse)}." if worse else ""
 
 
 def recorded_distances() -> list[str]:

@@ -13,23 +13,16 @@ import argparse
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load_file
 
 from ddim.config import load_config
 from ddim.datasets import ArrayImages, open_dataset
-from qdiff.evaluation.features import FashionClassifier, accuracy, image_statistics
+from qdiff.evaluation.features import FashionClassifier, accuracy, image_statistics, save_classifier
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
-from qdiff.files import write_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLE = REPOSITORY / "models" / "pixel" / "fashion_mnist"
 CONFIG = REPOSITORY / "configs" / "fashion_mnist.yml"
-
-
-def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices and convolutions in float16. Biases and the variances of batch norm are few and stay as they are."""
-    return {key: value.half() if value.ndim > 1 else value for key, value in weights.items()}
 
 
 def judge(path: Path, train: ArrayImages, test: ArrayImages) -> tuple[FeatureStatistics, float]:
@@ -55,7 +48,7 @@ def main() -> None:
     target = args.out / "classifier.safetensors"
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"what": "Fashion-MNIST classifier, grey images in [-1, 1]", "test_accuracy": json.dumps(right)}
-    write_atomically(target, save(rounded(load_file(args.classifier)), metadata=about))
+    save_classifier(target, load_file(args.classifier), about)
     reference, right_rounded = judge(target, train, test)
     if abs(right - right_rounded) > 5e-4:
         raise SystemExit(f"float16 changes the accuracy from {right} to {right_rounded}: keep float32")

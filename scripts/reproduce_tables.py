@@ -20,16 +20,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddim.config import PixelConfig, load_config
 from qdiff.calibrate import calibrate
-from qdiff.calibration_data import load_calibration_set, make_calibration_set, save_calibration_set
+from qdiff.calibration_data import save_calibration_set
 from qdiff.checkpoint import load_quantized, save_packed
+from qdiff.cli.bundles import BUNDLES, LatentBundle
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import (
     Parser,
@@ -41,20 +42,9 @@ from qdiff.cli.flags import (
     real,
     resolve_device,
 )
-from qdiff.cli.pixel import PixelSampler, SamplerOptions
 from qdiff.config import CALI_PRECISIONS, CalibrationConfig, QuantConfig
-from qdiff.evaluation.features import FashionClassifier, image_statistics
-from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.record import environment, read_json, write_json
-from qdiff.evaluation.sampling import sample_images
-from qdiff.evaluation.variants import (
-    HeldOutInputs,
-    comparison_picture,
-    from_packed,
-    full_precision,
-    held_out_inputs,
-    markdown_table,
-)
+from qdiff.evaluation.variants import HeldOutInputs, comparison_picture, markdown_table
 from qdiff.files import atomic_file, write_atomically
 from qdiff.quant_model import QuantModel
 
@@ -66,29 +56,20 @@ examples:
   on two GPUs: the same command once a GPU, at any time; they share the folder and take different rows
     CUDA_VISIBLE_DEVICES=0 python scripts/reproduce_tables.py --out tables --tf32 &
     CUDA_VISIBLE_DEVICES=1 python scripts/reproduce_tables.py --out tables --tf32
+  the latent model
+    python scripts/reproduce_tables.py --model emoji64 --out tables-emoji --tf32 --minutes 30
   a quick look on a CPU
     python scripts/reproduce_tables.py --out quick --rows full 'linear-w4*' --count 100 --cali_samples 320
 """
-ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 12  # images of each row that the picture keeps
 HELD_OUT = {"steps": 20, "per_step": 8}  # inputs for the output error
 SET_SEED = 2026  # of the images whose trajectories are calibrated on
-SAMPLER_STEPS = 100  # of those trajectories, quad steps, eta 0
+SAMPLER_STEPS = 100  # of those trajectories, eta 0
 FULL = 32  # "bits" of activations that are not quantized
 # Fields of a recipe's ``quant`` and ``calibration`` that do not reach its weights. All others are taken to reach them.
 ACTIVATION_QUANT = ("sm_abit", "act_range", "timed_ranges", "split_input")
 ACTIVATION_CALIBRATION = ("lr", "p", "range_samples", "range_order", "running_stat", "rs_sm_only")
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """A bundled model and what scores it."""
-
-    config: Path
-    folder: Path
-
-
-MODELS = {"fashion_mnist": Bundle(ROOT / "configs/fashion_mnist.yml", ROOT / "models/pixel/fashion_mnist")}
+MODELS = BUNDLES
 
 
 @dataclass(frozen=True)
@@ -133,11 +114,21 @@ class Recipe:
         calibration = {name: v for name, v in self.calibration.items() if name not in ACTIVATION_CALIBRATION}
         return replace(self, act_bit=None, a_sym=Recipe.a_sym, quant=quant, calibration=calibration)
 
-    def quant_config(self) -> QuantConfig:
+    def quant_config(self, family: Mapping[str, Any] = MappingProxyType({})) -> QuantConfig:
+        """Args:
+        family: what all recipes of a family of models have in common, in the place of defaults.
+        """
         act: dict[str, Any] = {}
         if self.act_bit is not None:
             act = {"act_bit": self.act_bit, "quant_act": True, "a_sym": self.a_sym}
-        return QuantConfig(self.weight_bit, split=self.split, **act, **self.quant)
+        return QuantConfig(self.weight_bit, split=self.split, **act, **{**family, **self.quant})
+
+    def calibration_options(self, family: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of :class:`CalibrationConfig`; ``family`` as in :meth:`quant_config`."""
+        options = {**family, **self.calibration}
+        if self.quant.get("timed_ranges") == "all":  # as the commands have it: the two flags exclude each other
+            options.pop("running_stat", None)
+        return options
 
 
 @dataclass(frozen=True)
@@ -239,6 +230,20 @@ ROWS: tuple[Row, ...] = (
     *option_rows(timed_ranges="all", split_input=True),
 )
 
+# Of a latent model: the published comparison and the better options, at the sampler that it is calibrated for.
+LATENT_ROWS: tuple[Row, ...] = (
+    Row(MAIN),
+    *(row for mode in MODES for row in bits_rows(MAIN, mode)),
+    *rate_rows(),
+    *(row for mode in MODES for row in bits_rows(NO_SPLIT, mode, split=False)),
+    *(Row(STEPS, Recipe("qdiff", 4, steps=steps), quant_act=act) for steps in (1, 5) for act in (False, True)),
+)
+
+
+def rows_of(model: str) -> tuple[Row, ...]:
+    """All rows of a bundled model, in the order of its tables."""
+    return LATENT_ROWS if isinstance(MODELS[model], LatentBundle) else ROWS
+
 
 def make_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], epilog=EXAMPLES)
@@ -278,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     check_inference(parser, args)
-    rows = chosen_rows(parser, args.rows)
+    rows = chosen_rows(parser, args.rows, rows_of(args.model))
     with exit_on_error(PROGRAM, verbose=args.verbose):
         study = Study(args)
         if args.list:
@@ -288,18 +293,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def chosen_rows(parser: Parser, names: Sequence[str] | None) -> list[Row]:
-    """The rows that a list of names means, in the order of the tables."""
+def chosen_rows(parser: Parser, names: Sequence[str] | None, rows: Sequence[Row]) -> list[Row]:
+    """Those of ``rows`` that a list of names means, in the order of the tables."""
     if names is None:
-        return list(ROWS)
+        return list(rows)
 
     def matches(row: Row, name: str) -> bool:
         return row.name.startswith(name[:-1]) if name.endswith("*") else row.name == name
 
     for name in names:
-        if not any(matches(row, name) for row in ROWS):
+        if not any(matches(row, name) for row in rows):
             parser.error(f"--rows {name}: no such row; --list shows them")
-    return [row for row in ROWS if any(matches(row, name) for name in names)]
+    return [row for row in rows if any(matches(row, name) for name in names)]
 
 
 @contextmanager
@@ -339,7 +344,7 @@ class Study:
         self.device = resolve_device(args.device)
         self.inference = inference_config(args)
         self.bundle = MODELS[args.model]
-        self.config: PixelConfig = load_config(self.bundle.config)
+        self.bundle.check()
         self.settings_path, self.results_path = self.out / "settings.json", self.out / "results.json"
         self.started = time.monotonic()
         self._held_out: HeldOutInputs | None = None
@@ -350,7 +355,8 @@ class Study:
         a = self.args
         names = ("model", "count", "iters", "iters_a", "cali_samples", "cali_seed", "cali_precision")
         named = {name: getattr(a, name) for name in names}
-        return named | {"tf32": a.tf32, "precision": self.inference.precision, "compile": self.inference.compile}
+        named |= {"tf32": a.tf32, "precision": self.inference.precision, "compile": self.inference.compile}
+        return named | self.bundle.settings
 
     def _check_settings(self) -> None:
         recorded = self._read(self.settings_path) or self.settings
@@ -441,7 +447,7 @@ class Study:
         for seed in self.missing_seeds(row):
             started = time.perf_counter()
             images = self.sample(row, seed)
-            entry["frechet"][str(seed)] = self.distance(images)
+            entry["frechet"][str(seed)] = self.bundle.distance(images, self.device)
             entry["seconds"][str(seed)] = time.perf_counter() - started
             self._keep_images(row, seed, images)
             write_json(path, entry)
@@ -452,10 +458,10 @@ class Study:
     def network(self, row: Row) -> tuple[nn.Module, int]:
         """The network of a row on the device, and the bytes it takes on disk (in full precision: fp32)."""
         if row.recipe is None:
-            model = full_precision(self.config).to(self.device)
+            model = self.bundle.full_precision().to(self.device)
             return model, 4 * sum(p.numel() for p in model.parameters())
         path = self.checkpoint(row.recipe)
-        model = from_packed(path, self.config, quant_act=row.quant_act).to(self.device)
+        model = self.bundle.from_packed(path, quant_act=row.quant_act).to(self.device)
         if not row.correction:
             model.output_scale = None
         elif row.correction == "scaled":
@@ -466,16 +472,15 @@ class Study:
     def held_out(self) -> HeldOutInputs:
         """Inputs that no calibration saw, recorded once."""
         if self._held_out is None:
-            model = full_precision(self.config).to(self.device)
-            self._held_out = held_out_inputs(model, self.config, device=self.device, **HELD_OUT)
+            model = self.bundle.full_precision().to(self.device)
+            self._held_out = self.bundle.held_out(model, device=self.device, **HELD_OUT)
         return self._held_out
 
     def sample(self, row: Row, seed: int) -> Tensor:
         model, _ = self.network(row)  # a new one: in half precision sampling changes it
         with tqdm(total=self.args.count, unit="image", desc=row.name, dynamic_ncols=True, leave=False) as bar:
-            return sample_images(
+            return self.bundle.sample(
                 model,
-                self.config,
                 count=self.args.count,
                 batch_size=self.args.batch_size,
                 timesteps=row.timesteps,
@@ -486,12 +491,6 @@ class Study:
                 allow_tf32=self.args.tf32,
                 on_batch=bar.update,
             )
-
-    def distance(self, images: Tensor) -> float:
-        """Fréchet distance to the training images, on the bundled classifier's features."""
-        classifier = FashionClassifier.load(self.bundle.folder / "classifier.safetensors", self.device)
-        reference = FeatureStatistics.load(self.bundle.folder / "reference_statistics.safetensors")
-        return frechet_distance(image_statistics(classifier, images, "samples"), reference)
 
     # What rows share.
 
@@ -506,14 +505,10 @@ class Study:
     def _calibrate(self, recipe: Recipe, path: Path) -> None:
         """Make a checkpoint: of weights, or of activations on the weights' checkpoint, as ``--resume_w`` does it."""
         weights = None if recipe.act_bit is None else self.checkpoint(recipe.weights)
-        data = load_calibration_set(
-            self.calibration_set(recipe.steps),
-            cali_st=recipe.steps,
-            cali_n=self._samples_a_step(recipe.steps),
-            image_shape=self.image_shape,
-        )
-        quant = recipe.quant_config().at_timesteps(data.t.tolist())
-        model = QuantModel.from_config(full_precision(self.config).to(self.device), quant)
+        path_of_set, samples = self.calibration_set(recipe.steps), self._samples_a_step(recipe.steps)
+        data = self.bundle.calibration_samples(path_of_set, cali_st=recipe.steps, cali_n=samples)
+        quant = recipe.quant_config(self.bundle.quant).at_timesteps(data.t.tolist())
+        model = QuantModel.from_config(self.bundle.full_precision().to(self.device), quant)
         if weights is not None:  # full precision stays: it is the target of the activations and of the scale
             load_quantized(weights, model, quant_act=False, weights_only=True, keep_full_precision=True)
         options = CalibrationConfig(
@@ -523,7 +518,7 @@ class Study:
             precision=self.args.cali_precision,
             correct_scale=weights is not None,  # rows choose whether to use it
             correct_mean=weights is not None,
-            **recipe.calibration,
+            **recipe.calibration_options(self.bundle.calibration),
         )
         started = time.perf_counter()
         with tqdm(unit="unit", desc=f"calibrating {recipe.name}", dynamic_ncols=True, leave=False) as bar:
@@ -535,7 +530,7 @@ class Study:
             calibrate(model, data, options, mode=recipe.mode, weights_done=weights is not None, on_unit=show)
         seconds = time.perf_counter() - started
         write_json(path.with_suffix(".json"), {"seconds": seconds})  # first: with the checkpoint all is there
-        info = {"model_config": self.config.to_dict(), "calibration": {"quant_mode": recipe.mode}}
+        info = {"model_config": self.bundle.facts, "calibration": {"quant_mode": recipe.mode}}
         save_packed(path, model, info=info)
         print(f"{recipe.name}: calibrated in {seconds:.0f} s", flush=True)
 
@@ -548,16 +543,15 @@ class Study:
         return path
 
     def _make_calibration_set(self, steps: int, path: Path) -> None:
-        sampler = PixelSampler(
-            self.config, SamplerOptions("generalized", "quad", SAMPLER_STEPS, 0.0, SET_SEED), self.device
-        )
-        model = full_precision(self.config).to(self.device)
+        model = self.bundle.full_precision().to(self.device)
         count = self._samples_a_step(steps)
         with tqdm(total=count, unit="image", desc=f"calibration set, {steps} steps", leave=False) as bar:
-            content = make_calibration_set(
-                lambda indices, on_step: sampler(model, indices, on_step),
-                n_samples=count,
-                n_steps=sampler.n_steps,
+            content = self.bundle.record(
+                model,
+                device=self.device,
+                timesteps=SAMPLER_STEPS,
+                seed=SET_SEED,
+                count=count,
                 batch_size=self.args.batch_size,
                 cali_st=steps,
                 progress=bar.update,
@@ -566,11 +560,6 @@ class Study:
 
     def _samples_a_step(self, steps: int) -> int:
         return max(1, self.args.cali_samples // steps)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        data = self.config.data
-        return data.channels, data.image_size, data.image_size
 
     def _keep_images(self, row: Row, seed: int, images: Tensor) -> None:
         """The first images of the first seed, for the picture."""
@@ -625,10 +614,10 @@ class Study:
             text = tables(results)
             write_atomically(self.out / "results.md", text.encode())
             print(f"\n{text}")
-            paths = {row.name: self._images_path(row) for row in ROWS if row.table == MAIN}
+            paths = {row.name: self._images_path(row) for row in rows_of(self.args.model) if row.table == MAIN}
             shown = {name: torch.load(path, weights_only=True) / 255 for name, path in paths.items() if path.is_file()}
             if shown:
-                title = f"{Row.timesteps} quad steps, the same noise in a column"
+                title = f"{Row.timesteps} {self.bundle.steps_are}, the same noise in a column"
                 comparison_picture(shown, self.out / "results.png", title=title)
 
 
@@ -642,8 +631,9 @@ def tables(results: Mapping[str, Any]) -> str:
         "MiB": lambda e: f"{e['bytes'] / 2**20:.2f}",
     }
     parts = []
-    for heading in dict.fromkeys(row.table for row in ROWS):
-        names = [row.name for row in ROWS if row.table == heading and row.name in entries]
+    rows = rows_of(results["settings"]["model"])
+    for heading in dict.fromkeys(row.table for row in rows):
+        names = [row.name for row in rows if row.table == heading and row.name in entries]
         if names:
             lines = [[name, *(column(entries[name]) for column in columns.values())] for name in names]
             parts += [f"### {heading}", markdown_table(["row", *columns], lines)]

@@ -1,9 +1,10 @@
-"""Fréchet distance of finished images to the training images of Fashion-MNIST.
+"""Fréchet distance of finished images to the training images of a bundled model.
 
     python scripts/score_samples.py --images runs/samples/DATE/img
 
-needs no data set: the classifier whose features are compared, and the training images' statistics, are bundled. The
-result is printed as one line of JSON, and appended to a file with ``--append``.
+needs no data set: the classifier whose features are compared, and the training images' statistics, are bundled, by
+default those of Fashion-MNIST; ``--bundle models/ldm/emoji64`` takes those of the emoji. The result is printed as one
+line of JSON, and appended to a file with ``--append``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qdiff.evaluation.features import FashionClassifier, image_statistics
+from qdiff.evaluation.features import image_statistics, load_classifier
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.image_sets import load_image_set
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         images = load_image_set(args.images)
         reference = FeatureStatistics.load(args.bundle / "reference_statistics.safetensors")
-        classifier = FashionClassifier.load(args.bundle / "classifier.safetensors", args.device)
+        classifier = load_classifier(args.bundle / "classifier.safetensors", args.device)
         statistics = image_statistics(classifier, images, args.label or str(args.images), args.batch_size)
     except ValueError as error:
         parser.error(str(error))

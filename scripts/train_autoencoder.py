@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts |= {"heldout_psnr": round(psnr(images, decoded), 3), "heldout_images": len(images)}
         pictures = {"reconstructions.png": grid}
         save_results(args.logdir, model, facts, loop.progress.losses, dtype=args.weights, pictures=pictures)
-    print(f"{loop.progress.step} of {options.steps} steps; {facts['heldout_psnr']:.2f} dB on held-out images")
+    print(f"{loop.progress.step} of {loop.progress.total} steps; {facts['heldout_psnr']:.2f} dB on held-out images")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ writes to OUT: ``model.safetensors`` (the whole model with averaged weights, fac
 it makes the folder loadable), ``samples.png`` (a row for each class), ``train.json`` (the facts), a TensorBoard log
 and ``last.ckpt``. ``--minutes`` stops earlier, with all of these files; ``--resume`` goes on, also after a kill.
 
+``--init`` takes a whole model that this script wrote in place of a first stage, and trains its UNet and classes on.
+
 For classifier-free guidance (Ho and Salimans 2022) some of the classes are replaced, while training, by the last one
 that the ClassEmbedder has, which stands for "no condition".
 """
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from ddim.config import ConfigError
 from ddim.noise import ImageNoise
-from ddim.pretrained import load_weights
+from ddim.pretrained import load_weights, weights_facts
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import sample_latents
@@ -124,15 +126,16 @@ def sample_grid(model: LatentDiffusion, columns: int, steps: int, scale: float) 
     return encode_grid(torch.cat(rows), columns)
 
 
-def build(config: dict[str, Any], first_stage: Path) -> LatentDiffusion:
+def build(config: dict[str, Any], first_stage: Path | None = None, init: Path | None = None) -> LatentDiffusion:
     """The model that a config's ``model`` section describes: random, but for its first stage.
 
     Args:
         first_stage: weights that train_autoencoder.py wrote.
+        init: a whole model's weights that this script wrote, in place of those.
 
     Raises:
         ConfigError: the model is not one that this script trains.
-        ValueError: the first stage's weights do not fit.
+        ValueError: the weights do not fit.
     """
     model = build_latent_diffusion(config)
     if not isinstance(model.first_stage_model, AutoencoderKL):
@@ -143,7 +146,10 @@ def build(config: dict[str, Any], first_stage: Path) -> LatentDiffusion:
         raise ConfigError("model: scale_by_std must be true: the latents' scale is measured here")
     if model.use_ema:
         raise ConfigError("model: use_ema must be false: the averages are written in place of the weights")
-    load_weights(first_stage, model.first_stage_model, "first_stage_config")
+    if init is not None:
+        load_weights(init, model)
+    else:
+        load_weights(first_stage, model.first_stage_model, "first_stage_config")
     model.first_stage_model.eval().requires_grad_(False)
     return model
 
@@ -165,7 +171,9 @@ def check_classes(data: ImageSet, model: LatentDiffusion) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add_training_flags(parser, steps=200_000, batch_size=128, lr=5e-4, ema=0.9995)
-    parser.add_argument("--first_stage", type=Path, required=True, help="weights from train_autoencoder.py")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--first_stage", type=Path, help="weights from train_autoencoder.py")
+    start.add_argument("--init", type=Path, help="a whole model from this script, to be trained on")
     parser.add_argument("--drop", type=float, default=0.1, help="share of classes left out (%(default)s)")
     parser.add_argument("--grid_steps", type=int, default=GRID_STEPS, help="of DDIM for samples.png (%(default)s)")
     return parser
@@ -183,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--drop {args.drop}: must lie in [0, 1)")
         config = load_model_config(args.config)
         torch.manual_seed(options.seed)
-        model = build(config, args.first_stage).to(**device_and_layout(options))
+        model = build(config, args.first_stage, args.init).to(**device_and_layout(options))
         size = model.image_size * model.first_stage_model.downsampling
         train, heldout = (load_image_set(args.data, part, size) for part in ("train", "heldout"))
         for data in (train, heldout):
@@ -192,19 +200,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.scale_factor.fill_(1 / latent_std(latents))
         task = DiffusionTask(model, latents, args.drop)
         settings = {"config": config, "drop": args.drop, "images": len(train.images)}
+        if args.init is not None:
+            settings["init"] = {"file": args.init.name, **weights_facts(args.init)}
         loop = fit(task, options, settings, args.logdir, resume=args.resume, started=started)
     except (ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
 
     model.to(options.device).eval()
-    facts = settings | loop.facts() | {"first_stage": args.first_stage.name}
+    facts = settings | loop.facts()
+    if args.first_stage is not None:
+        facts["first_stage"] = args.first_stage.name
     with loop.ema.to(options.device).applied_to(model):
         other = encode_set(model.first_stage_model, heldout, options.device)
         facts |= {"heldout_loss": round(heldout_loss(model, other), 5), "heldout_images": len(heldout.images)}
         pictures = {"samples.png": sample_grid(model, GRID_COLUMNS, args.grid_steps, GUIDANCE)}
         save_results(args.logdir, model, facts, loop.progress.losses, dtype=args.weights, pictures=pictures)
     write_atomically(args.logdir / "config.yaml", yaml.safe_dump({"model": config}, sort_keys=False).encode())
-    print(f"{loop.progress.step} of {options.steps} steps; loss on held-out images {facts['heldout_loss']:.4f}")
+    print(f"{loop.progress.step} of {loop.progress.total} steps; loss on held-out images {facts['heldout_loss']:.4f}")
 
 
 if __name__ == "__main__":

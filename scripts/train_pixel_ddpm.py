@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from ddim.config import ConfigError, PixelConfig, load_config
 from ddim.datasets import ArrayImages, DatasetUnavailable, open_dataset
-from ddim.pretrained import load_weights
+from ddim.pretrained import load_weights, weights_facts
 from ddim.schedule import alphas_cumprod, make_betas
 from ddim.transforms import to_model
 from ddim.unet import UNet
@@ -344,7 +343,7 @@ def train(trainer: Trainer, progress: Progress, folder: Path, started: float) ->
 def facts(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """What a reader of the weights wants to know about their making."""
     device = torch.cuda.get_device_name(trainer.device) if trainer.on_gpu else "CPU"
-    last = progress.losses[-max(1, len(progress.losses) // 20) :]
+    last, init = progress.losses[-max(1, len(progress.losses) // 20) :], trainer.options.init
     return {
         **{key: getattr(trainer.options, key) for key in ("seed", "batch_size", "lr", "ema", "compile")},
         "steps": progress.step,
@@ -354,19 +353,9 @@ def facts(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "images": len(trainer.images),
         "parameters": sum(p.numel() for p in trainer.params),
         "final_loss": round(sum(loss for _, loss in last) / max(1, len(last)), 6),
-        "init": init_facts(trainer.options.init),
+        "init": None if init is None else {"file": init.name, **weights_facts(init)},
         "config": trainer.config.to_dict(),
     }
-
-
-def init_facts(path: Path | None) -> dict[str, Any] | None:
-    """How the weights were made that a run started from, as far as their file tells."""
-    if path is None:
-        return None
-    if path.suffix != ".safetensors":
-        return {"file": path.name}
-    with safe_open(path, "pt") as file:
-        return {"file": path.name, **(file.metadata() or {})}
 
 
 def save_results(folder: Path, trainer: Trainer, progress: Progress) -> None:

@@ -308,6 +308,13 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
     group.add_argument(
         "--cali_p", type=real(zero=False), default=2.4, metavar="X", help="exponent of the loss for activations"
     )
+    group.add_argument(
+        "--cali_noisy_weight",
+        type=real(zero=False),
+        default=1.0,
+        metavar="X",
+        help="how many times as often samples of the noisiest timestep are learned from as those of the cleanest",
+    )
     if act_range:
         group.add_argument(
             "--act_range",

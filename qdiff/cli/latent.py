@@ -260,12 +260,14 @@ class LatentSampler:
     Args:
         model: whose weights are read before the first call.
         device: its first stage and encoder of conditions move there with the first call.
+        allow_tf32: faster matrix products and convolutions of the network on a GPU, with 10 bits of mantissa, which let
+            images depend on the batch size.
 
     Attributes: those of :class:`qdiff.cli.sampling.Sampler`.
     """
 
-    def __init__(self, model: LatentModel, options: SamplerOptions, device: torch.device):
-        self.model, self.options, self.device = model, options, device
+    def __init__(self, model: LatentModel, options: SamplerOptions, device: torch.device, *, allow_tf32: bool = False):
+        self.model, self.options, self.device, self.allow_tf32 = model, options, device, allow_tf32
         self.image_shape = model.diffusion.latent_shape
         self.context_shape = model.context_shape
         self.rows_per_image = 2 if self.context_shape is not None and options.scale != 1 else 1
@@ -287,7 +289,7 @@ class LatentSampler:
         def apply_model(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
             return model(x, t) if context is None else model(x, t, context)
 
-        with tf32(False):  # ten bits of mantissa would let images depend on the batch size
+        with tf32(self.allow_tf32):
             return sample_latents(
                 self._on_device(),
                 noise,

@@ -183,6 +183,7 @@ def calibration_config(
         p=args.cali_p,
         range_samples=args.range_samples,
         range_order=range_order,
+        noisy_weight=args.cali_noisy_weight,
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,

@@ -22,7 +22,12 @@ def add_training_flags(parser: argparse.ArgumentParser, *, steps: int, batch_siz
     parser.add_argument("--config", type=Path, required=True, help="YAML file with a section 'model'")
     parser.add_argument("--data", type=Path, required=True, help="folder with train and heldout.safetensors")
     parser.add_argument("-l", "--logdir", type=Path, required=True, help="folder for everything that is written")
-    parser.add_argument("--steps", type=int, default=steps, help="length of the whole run (%(default)s)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"length of the whole run ({steps})")
+    length.add_argument(
+        "--for_minutes", type=float, help="the same as time: steps are counted from the speed of the first"
+    )
+    parser.set_defaults(usual_steps=steps)
     parser.add_argument("--minutes", type=float, help="stop this invocation in time, to be resumed")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="(%(default)s)")
     parser.add_argument("--lr", type=float, default=lr, help="highest learning rate (%(default)s)")
@@ -41,8 +46,10 @@ def options_from(args: argparse.Namespace) -> TrainOptions:
     Raises:
         ValueError: a value that makes no sense.
     """
+    steps = args.usual_steps if args.steps is None and args.for_minutes is None else args.steps
     return TrainOptions(
-        steps=args.steps,
+        steps=steps,
+        for_minutes=args.for_minutes,
         batch_size=args.batch_size,
         lr=args.lr,
         ema=args.ema,

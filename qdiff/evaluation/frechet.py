@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,23 @@ class FeatureAccumulator:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self.count}")
         return FeatureStatistics(self.mean.clone(), self.scatter / (self.count - 1), self.count, name)
+
+
+def equal_mixture(parts: Sequence[FeatureStatistics], name: str = "") -> FeatureStatistics:
+    """Of one vector from a part drawn at random, each with the same probability.
+
+    The covariance is the mean of the parts' own, divided by their counts, and that of their means.
+
+    Raises:
+        ValueError: no part, or features of different lengths.
+    """
+    if not parts or len({part.mean.shape for part in parts}) > 1:
+        raise ValueError(f"{len(parts)} parts cannot be mixed: at least one is needed, and features of one length")
+    means = torch.stack([part.mean for part in parts])
+    mean = means.mean(0)
+    within = torch.stack([part.covariance * ((part.count - 1) / part.count) for part in parts]).mean(0)
+    between = (means - mean).T @ (means - mean) / len(parts)
+    return FeatureStatistics(mean, within + between, sum(part.count for part in parts), name)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -45,23 +45,27 @@ class HeldOutInputs:
         x, t: network inputs, steps x per_step of them, noisiest first.
         target: what the full-precision network makes of them.
         per_step: consecutive rows that belong to one step.
+        context: of each input, where the network is conditional.
     """
 
     x: Tensor
     t: Tensor
     target: Tensor
     per_step: int
+    context: Tensor | None = None
 
     def error(self, model: nn.Module, batch_size: int = 64) -> Tensor:
         """Relative output error of a quantized network, one value a step (see :func:`output_error`)."""
-        return output_error(run_batches(model, self.x, self.t, batch_size), self.target, self.per_step)
+        return output_error(run_batches(model, self.x, self.t, batch_size, self.context), self.target, self.per_step)
 
 
 @torch.no_grad()
-def run_batches(model: nn.Module, x: Tensor, t: Tensor, batch_size: int) -> Tensor:
+def run_batches(model: nn.Module, x: Tensor, t: Tensor, batch_size: int, context: Tensor | None = None) -> Tensor:
     """The network's output for all rows, on the device of ``x``."""
+    columns = [x, t] if context is None else [x, t, context]
     with evaluating(model):
-        return torch.cat([model(a, b) for a, b in zip(x.split(batch_size), t.split(batch_size), strict=True)])
+        batches = zip(*(column.split(batch_size) for column in columns), strict=True)
+        return torch.cat([model(*batch) for batch in batches])
 
 
 def held_out_inputs(
@@ -84,9 +88,9 @@ def held_out_inputs(
 
 
 @torch.no_grad()
-def seconds_per_step(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, repeats: int = 5) -> float:
+def seconds_per_step(model: Callable[..., Tensor], *inputs: Tensor, repeats: int = 5) -> float:
     """Median time of one network call."""
-    return median_seconds(lambda: model(x, t), x.device, repeats=repeats)
+    return median_seconds(lambda: model(*inputs), inputs[0].device, repeats=repeats)
 
 
 def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, columns: int = 12) -> None:

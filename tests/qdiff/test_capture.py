@@ -13,7 +13,8 @@ from qdiff.calibrate import find_act_ranges
 from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.config import QuantConfig
 from qdiff.graphs import holding_garbage
-from qdiff.memory import Collector, Kept, Shelf, measure
+from qdiff.memory import Kept, measure
+from qdiff.places import Collector, Shelf
 from qdiff.quant_model import QuantModel
 
 from .conftest import noisy_inputs, with_grids

@@ -17,16 +17,14 @@ from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.memory import (
     Boundary,
     BudgetError,
-    Collector,
     Kept,
     MemoryBudget,
     MemoryPlan,
-    Shelf,
     Sizes,
     connection_origins,
-    mapped_empty,
     measure,
 )
+from qdiff.places import Collector, Shelf, mapped_empty, unpacked
 
 from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
 
@@ -127,6 +125,7 @@ def test_with_room_for_everything_everything_is_kept() -> None:
     made = route_plan(10_000)
     assert all(kept.trunk and all(kept.skips) for networks in made.kept() for kept in networks)
     assert made.passes() == 0
+    assert made.arena_bytes == int(memory._ARENA_SLACK * (2 * 10 * 73))  # before the last but one, of both networks
 
 
 def test_what_is_kept_where_there_is_little_room() -> None:
@@ -267,7 +266,7 @@ def test_shelves_give_back_what_was_put_on_them(place: str, compact: bool, tmp_p
     x = torch.randn(3, 4, 5, 6).half().float().contiguous(memory_format=torch.channels_last)
     kept = shelf.keep(x)
     assert kept.dtype == (torch.float16 if compact else torch.float32)
-    assert torch.equal(memory.unpacked(kept), x)
+    assert torch.equal(unpacked(kept), x)
     assert kept.is_contiguous(memory_format=torch.channels_last)
     assert shelf.keep(kept) is kept
     t = torch.tensor([999.0, 1.0])

@@ -27,6 +27,7 @@ from qdiff.reconstruction import (
     fixed_batch_loss,
     reconstruct_activations,
     reconstruct_weights,
+    timestep_weights,
 )
 
 from .conftest import noisy_inputs, with_grids
@@ -386,6 +387,36 @@ def test_epochs_are_shuffled_anew() -> None:
     first, second, third = draw_batches(40, 8, 15, seed=0).view(3, 40)
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)
+
+
+def test_noisy_timesteps_can_be_drawn_more_often() -> None:
+    t = torch.tensor([5.0, 900.0, 5.0, 40.0])
+    weights = timestep_weights(t, 9.0)
+    assert weights.tolist() == pytest.approx([1, 9, 1, 3])
+    draws = draw_batches(4, 3, 2000, seed=0, weights=weights)
+    assert draws.shape == (2000, 3)
+    shares = draws.flatten().bincount(minlength=4) / 6000
+    assert shares.tolist() == pytest.approx([1 / 14, 9 / 14, 1 / 14, 3 / 14], abs=0.02)
+    assert torch.equal(draws, draw_batches(4, 3, 2000, seed=0, weights=weights))
+    assert not torch.equal(draws, draw_batches(4, 3, 2000, seed=1, weights=weights))
+
+
+def test_alike_is_as_published() -> None:
+    assert timestep_weights(torch.tensor([1.0, 2.0]), 1.0) is None
+    assert timestep_weights(None, 4.0) is None
+    assert timestep_weights(torch.tensor([7.0, 7.0]), 4.0).tolist() == [1, 1]
+
+
+def test_what_is_drawn_is_what_is_learned_from() -> None:
+    """With nearly all weight on one timestep, that one ends with less loss than it does with all alike."""
+    losses = []
+    for noisy_weight in (1.0, 1e6):
+        _, unit, data = unit_and_data(BLOCK)
+        reconstruct_weights(unit, data, changed(noisy_weight=noisy_weight), seed=0)
+        noisiest = data.t == data.t.max()
+        rows = UnitData(tuple(x[noisiest] for x in data.inputs), data.target[noisiest])
+        losses.append(loss(unit, rows, 2.0))
+    assert losses[1] < losses[0]
 
 
 def test_a_batch_is_at_most_the_set() -> None:

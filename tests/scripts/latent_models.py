@@ -13,6 +13,7 @@ import yaml
 from qdiff.cli import make_calibration_data, make_random_checkpoint
 from qdiff.cli.run_folder import read_png
 from qdiff.cli.sample_ldm import main
+from qdiff.evaluation.features import EmojiClassifier, image_statistics, save_classifier
 
 IMAGES, STEPS = 3, 4
 CLASSES = 5
@@ -138,3 +139,19 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean over images, in dB; images that are equal count 100."""
     mse = (a - b).square().flatten(1).mean(1).clamp(min=1e-10)
     return float((-10 * mse.log10()).mean())
+
+
+def make_bundle(parent: Path) -> Path:
+    """A folder like that of the bundled latent model: random weights, a random classifier, its features of noise."""
+    folder = parent / "tiny_emoji"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_of("classes")))
+    words = ["--config", str(folder / "config.yaml"), "--out", str(folder / "model.safetensors"), "--dtype", "fp16"]
+    make_random_checkpoint.main(words)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = EmojiClassifier().eval()
+        images = torch.rand(40, 3, 16, 16)
+    save_classifier(folder / "classifier.safetensors", classifier.state_dict(), {"network": "emoji64"})
+    image_statistics(classifier, images, "noise").save(folder / "reference_statistics.safetensors")
+    return folder

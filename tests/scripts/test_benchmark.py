@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -66,6 +67,19 @@ def test_extrapolation_multiplies_what_was_learned() -> None:
     assert (whole.weights, whole.capture, whole.total) == (8.0, 3.0, 12.0)
 
 
+def test_iterations_are_extrapolated_from_those_that_ran() -> None:
+    def report(name: str, phase: str, loop_seconds: float) -> object:
+        return benchmark.UnitReport(name, "layer", phase, 1, 10, 1.0, 1.0, 3.0, loop_seconds=loop_seconds)
+
+    reports = [report("a", "weights", 2.0), report("b", "weights", 1.0), report("a", "activations", 0.5)]
+    parts = benchmark.Breakdown(setup=1.0, weights=6.0, activations=3.0, reports=reports)
+    whole = parts.extrapolated({"weights": 100, "activations": None})
+    assert (whole.setup, whole.weights, whole.activations) == (1.0, 6.0 + 2.0 * 9 + 1.0 * 9, 3.0)
+    half = dataclasses.replace(parts, skipped=frozenset("b")).extrapolated({"weights": 100})
+    assert half.weights == (6.0 + 2.0 * 9) * 3 / 2  # two of three reports stand for all
+    assert parts.extrapolated().total == parts.total
+
+
 def test_skipping_units_is_undone() -> None:
     before = benchmark.CALIBRATION.reconstruct_weights
     with benchmark.only([]):
@@ -89,11 +103,11 @@ def test_a_precision_that_is_not_there(run, capsys) -> None:
 
 def test_the_set_is_noised_as_the_forward_process_does(miniature) -> None:
     args = benchmark.make_parser().parse_args(["calibration", "--config", str(miniature.config), *QUICK])
-    config = benchmark.load_config(miniature.config)
-    data = benchmark.calibration_set(args, config, samples=500)
+    network = benchmark.network_of(args)
+    data = benchmark.calibration_set(args, network, samples=500)
     assert data.x.shape == (1000, 3, 8, 8)
     assert data.t.tolist() == sorted(data.t.tolist(), reverse=True)
-    alpha_bar = benchmark.alphas_cumprod(benchmark.make_betas(config.diffusion))
+    alpha_bar = benchmark.alphas_cumprod(benchmark.make_betas(network.config.diffusion))
     for t in data.t.unique():
         a = alpha_bar[int(t)].item()
         assert data.x[data.t == t].var().item() == pytest.approx(a / 3 + 1 - a, rel=0.02)  # of uniform images: 1/3
@@ -107,6 +121,59 @@ def test_steps_in_every_precision(run) -> None:
     assert [(r["variant"], r["batch_size"]) for r in figures["rows"]] == [(n, size) for size in (2, 3) for n in plain]
     assert all(row["ms"] > 0 and row["graph_ms"] is None and row["ratio"] is None for row in figures["rows"])
     assert "w4a8 bf16" in said
+
+
+@pytest.mark.parametrize("kind", ["beds", "churches", "classes"])
+def test_latent_networks_are_calibrated_and_extrapolated(kind: str, latent, tmp_path, capsys) -> None:
+    path, config = tmp_path / "figures.json", latent(kind).folder / "config.yaml"
+    more = ["--flags", "church"] if kind == "churches" else []
+    words = ["calibration", "--config", str(config), *QUICK, "--full_iters", "20", "--full_iters_a", "10", *more]
+    assert benchmark.main([*words, "--json", str(path)]) == 0
+    figures, said = json.loads(path.read_text()), capsys.readouterr().out
+    assert "An extrapolation, not a measurement: 2 + 2 iterations a unit ran" in said
+    assert "the table has the time of 20 + 10" in said
+    assert figures["extrapolated"]
+    assert figures["whole"] == pytest.approx(sum(figures[part] for part in benchmark.Breakdown.PARTS))
+    learned = [unit for unit in figures["units"] if unit["iterations"]]
+    for phase, times in (("weights", 9), ("activations", 4)):
+        mine = [unit for unit in learned if unit["phase"] == phase]
+        expected = sum(unit["seconds"] + times * unit["loop_seconds"] for unit in mine)
+        assert figures[phase] == pytest.approx(expected)
+    assert figures["measured_s"] < figures["whole"]
+
+
+@pytest.mark.parametrize("kind", ["beds", "classes"])
+def test_latent_networks_make_steps(kind: str, latent, tmp_path) -> None:
+    path, config = tmp_path / "figures.json", latent(kind).folder / "config.yaml"
+    words = ["step", "--config", str(config), "--device", "cpu", "--batch_sizes", "2", "--repeats", "1"]
+    assert benchmark.main([*words, "--variants", "full fp32", "w4a8 fp32", "w4a8 bf16", "--json", str(path)]) == 0
+    assert [row["ms"] > 0 for row in json.loads(path.read_text())["rows"]] == [True] * 3
+
+
+def test_a_latent_network_is_as_published(latent) -> None:
+    def network(kind: str, *more: str) -> object:
+        words = ["calibration", "--config", str(latent(kind).folder / "config.yaml"), *QUICK, *more]
+        args = benchmark.make_parser().parse_args(words)
+        return benchmark.network_of(args), args
+
+    beds, _ = network("beds")
+    assert (beds.quant.a_sym, beds.quant.act_range, beds.quant.weight_range) == (True, "max", "mse")
+    assert (beds.quant.split, beds.options) == (False, {"range_order": "first", "running_stat": True})
+    churches, _ = network("churches", "--flags", "church")
+    assert (churches.quant.a_sym, churches.quant.act_range) == (False, "mse")
+    assert churches.options == {"range_order": "first"}
+    one, other = beds.make(random=True), beds.make(random=True)
+    assert one is not other
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert all(p.abs().sum() > 0 for p in one.parameters())  # the last layers of blocks too
+    with pytest.raises(ValueError, match="--random_weights"):
+        beds.make(random=False)
+    classes, args = network("classes")
+    data = benchmark.calibration_set(args, classes, samples=3)
+    assert (len(data), data.context.shape) == (12, (12, 1, 12))
+    assert torch.equal(data.x[:6], data.x[6:])
+    assert torch.equal(data.context[6], data.context[11])
+    assert not torch.equal(data.context[0], data.context[1])
 
 
 def test_steps_are_compared_with_the_compiled_network() -> None:

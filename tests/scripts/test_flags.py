@@ -26,6 +26,7 @@ DEFAULTS = {
     "--timed_ranges": "none",
     "--split_input": False,
     "--act_range": "max",
+    "--cali_noisy_weight": 1.0,
     "--range_samples": 64,
     "--running_stat": False,
     "--rs_sm_only": False,

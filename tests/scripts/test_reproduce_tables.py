@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddim.config import load_config
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import load_calibration_set
 from qdiff.checkpoint import packed_bytes, read_info
@@ -119,10 +120,11 @@ def test_shared_weights_change_nothing(quick: tuple, tmp_path: Path, options: di
     weights = tmp_path / "calibrated" / "qdiff-w4-st2-weight_lr=0.5.safetensors"
     assert not read_info(weights).quant.quant_act
 
-    data = load_calibration_set(study.calibration_set(2), cali_st=2, cali_n=2, image_shape=study.image_shape)
-    model = QuantModel.from_config(full_precision(study.config), recipe.quant_config().at_timesteps(data.t.tolist()))
+    data = load_calibration_set(study.calibration_set(2), cali_st=2, cali_n=2, image_shape=(1, 32, 32))
+    config = load_config(REPOSITORY / "configs" / "fashion_mnist.yml")
+    model = QuantModel.from_config(full_precision(config), recipe.quant_config().at_timesteps(data.t.tolist()))
     calibrate(model, data, CalibrationConfig(iters=5, iters_a=5, correct_scale=True, correct_mean=True, **rate))
-    info = {"model_config": study.config.to_dict(), "calibration": {"quant_mode": "qdiff"}}
+    info = {"model_config": config.to_dict(), "calibration": {"quant_mode": "qdiff"}}
     assert packed_bytes(model, info=info) == made
 
     nearest = study.checkpoint(tables.Recipe("linear", 4, steps=2).weights).read_bytes()
@@ -179,7 +181,7 @@ def test_from_nothing_to_tables_and_on(quick: tuple, tmp_path: Path, monkeypatch
     assert (tmp_path / "results.png").stat().st_size > 1000
 
     # Another seed is added to a row; nothing is calibrated for it.
-    forbid(monkeypatch, "calibrate", "make_calibration_set")
+    forbid(monkeypatch, "calibrate", "save_calibration_set")
     more = run(tmp_path, "--seeds", "0", "1", "--rows", names[1])["rows"]
     assert sampled[3:] == [names[1]]
     assert set(more[names[1]]["frechet"]) == {"0", "1"}
@@ -281,7 +283,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_names_with_a_star() -> None:
     parser = tables.make_parser()
-    chosen = [row.name for row in tables.chosen_rows(parser, ["linear-w4a32*", "full"])]
+    chosen = [row.name for row in tables.chosen_rows(parser, ["linear-w4a32*", "full"], tables.ROWS)]
     assert chosen[0] == "full"
     assert {"linear-w4a32", "linear-w4a32-nosplit"} <= set(chosen)
     assert all(name == "full" or name.startswith("linear-w4a32") for name in chosen)

@@ -82,7 +82,7 @@ def command(workplace: Path, kind: str, *flags: str, **changes: Any) -> list[str
     options |= {"steps": 4, "batch_size": 2, "device": "cpu", "seed": 3}
     if kind == "ldm":
         options |= {"first_stage": workplace / "ae.safetensors", "grid_steps": 2}
-    return [f"--{key}={value}" for key, value in (options | changes).items()] + list(flags)
+    return [f"--{key}={value}" for key, value in (options | changes).items() if value is not None] + list(flags)
 
 
 def run(workplace: Path, kind: str, *flags: str, **changes: Any) -> dict[str, Any]:
@@ -111,6 +111,7 @@ def test_bundled_configs_fit_each_other_and_their_budgets() -> None:
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    assert [learning_rate_factor(step, None) for step in (0, 499, 999, 50_000)] == [0.001, 0.5, 1, 1]
     factors = [learning_rate_factor(step, 100) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[10] == max(factors) == 1
@@ -239,6 +240,38 @@ def test_stopped_and_resumed_is_the_same_run(workplace: Path, kind: str) -> None
     assert again["losses"] == whole["losses"]
 
 
+@pytest.mark.parametrize("kind", ["ae", "ldm"])
+def test_a_run_of_minutes_counts_its_steps_and_ends_with_the_rate_at_zero(workplace: Path, kind: str) -> None:
+    facts = run(workplace, kind, steps=None, for_minutes=0.27)  # 16 s, of which 15 are kept for the results
+    assert facts["steps"] == facts["steps_taken"] > 5
+    assert facts["for_minutes"] == 0.27
+    saved = torch.load(workplace / kind / "last.ckpt", weights_only=True)
+    assert saved["run"]["progress"]["total"] == facts["steps"]
+    again = run(workplace, kind, "--resume", steps=None, for_minutes=0.27)  # nothing left
+    assert again["losses"] == facts["losses"]
+
+
+def test_a_run_of_minutes_stopped_early_goes_on_to_the_same_end(workplace: Path) -> None:
+    stopped = run(workplace, "ae", steps=None, for_minutes=0.3, minutes=1e-9)
+    assert (stopped["steps"], stopped["steps_taken"]) == (None, 1)
+    resumed = run(workplace, "ae", "--resume", steps=None, for_minutes=0.3)
+    assert resumed["steps"] == resumed["steps_taken"] > 5
+
+
+def test_training_goes_on_from_a_whole_model(workplace: Path) -> None:
+    first = run(workplace, "ldm", weights="fp32")
+    start = workplace / "ldm" / "model.safetensors"
+    second = run(workplace, "ldm", logdir=workplace / "second", first_stage=None, init=start, weights="fp32", lr=1e-9)
+    assert second["init"]["file"] == "model.safetensors"
+    assert second["init"]["steps_taken"] == str(first["steps_taken"])
+    assert "first_stage" not in second
+    before, after = load_file(start), load_file(workplace / "second" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5)
+    assert second["heldout_loss"] == pytest.approx(first["heldout_loss"], abs=1e-4)
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(workplace, "ae", logdir=workplace / "whole")
     loop = sys.modules["ldm.training_loop"]
@@ -320,6 +353,10 @@ WRONG = {
     "config missing": ("ae", None, {"config": "nowhere.yaml"}, "no such config file"),
     "ema": ("ae", None, {"ema": 1.0}, "--ema 1.0"),
     "steps": ("ldm", None, {"steps": 0}, "--steps 0"),
+    "two lengths": ("ldm", None, {"for_minutes": 1.0}, "not allowed with argument"),
+    "no time": ("ldm", None, {"steps": None, "for_minutes": 0.0}, "--for_minutes 0.0"),
+    "two starts": ("ldm", None, {"init": "ae.safetensors"}, "not allowed with argument"),
+    "no whole model": ("ldm", None, {"first_stage": None, "init": "ae.safetensors"}, "does not fit"),
     "drop": ("ldm", None, {"drop": 1.5}, "--drop 1.5"),
 }
 

@@ -1,0 +1,78 @@
+"""What the demos share: commands that are shown and run as typed, and variants of a model side by side."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from qdiff.evaluation.image_metrics import psnr
+from qdiff.evaluation.variants import HeldOutInputs, markdown_table, seconds_per_step
+
+ROWS_A_STEP = 32  # of the network's batch, whose time is measured
+
+
+@dataclass
+class Row:
+    """One variant in the comparison."""
+
+    label: str
+    images: Tensor
+    bytes: int
+    seconds_per_step: float
+    output_error: float = 0.0
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}\n", flush=True)
+
+
+def command(function: Callable[[list[str]], int | None], line: str) -> None:
+    """Run one of the real commands, shown as it would be typed."""
+    print(f"$ python scripts/{line}\n", flush=True)
+    if status := function(shlex.split(line)[1:]):
+        raise SystemExit(status)
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def measured(label: str, model: nn.Module, held_out: HeldOutInputs, size: int, images: Tensor) -> Row:
+    """A variant with the time of its steps and the error of its output."""
+    inputs = [held_out.x, held_out.t] + ([] if held_out.context is None else [held_out.context])
+    seconds = seconds_per_step(model, *(column[:ROWS_A_STEP] for column in inputs), repeats=3)
+    return Row(label, images, size, seconds, held_out.error(model).mean().item())
+
+
+def comparison(rows: list[Row], *, batch: str, closing: str) -> list[str]:
+    """Lines of a table, below it ``closing``, and a sentence for each calibration that does not beat plain rounding.
+
+    Args:
+        rows: full precision, rounded to nearest, and the calibrated ones.
+        batch: what :data:`ROWS_A_STEP` rows of the network's batch are.
+    """
+    full, nearest, *calibrated = rows
+    lines = []
+    for row in rows:
+        exact = row is full
+        similarity = "" if exact else f"{psnr(row.images, full.images).mean().item():.1f} dB"
+        error = "" if exact else f"{row.output_error:.4f}"
+        lines.append([row.label, f"{row.bytes / 2**20:.2f} MiB", error, similarity, f"{row.seconds_per_step:.2f} s"])
+    header = ["variant", "model size", "output error", "PSNR to full precision", f"a step of {batch}"]
+    text = [markdown_table(header, lines), "", closing]
+    return text + [sentence for row in calibrated if (sentence := where_worse(row, nearest, full))]
+
+
+def where_worse(row: Row, nearest: Row, full: Row) -> str:
+    """A sentence where a calibrated variant does not beat plain rounding."""
+    worse = []
+    if row.output_error > nearest.output_error:
+        worse.append(f"output error ({row.output_error:.4f} against {nearest.output_error:.4f})")
+    mine, theirs = (psnr(x.images, full.images).mean().item() for x in (row, nearest))
+    if mine < theirs:
+        worse.append(f"PSNR ({mine:.1f} dB against {theirs:.1f} dB)")
+    return f"{row.label} is worse than {nearest.label} in {' and '.join(worse)}." if worse else ""

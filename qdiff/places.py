@@ -1,0 +1,223 @@
+"""The places where captured data wait: on the GPU, in pinned host memory, in files mapped into memory.
+
+Features wait on a :class:`Shelf`, as they come; a unit's rows in a :class:`Collector`, each where it belongs. What lies
+where is the business of :mod:`qdiff.memory`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qdiff import fused
+from qdiff.pinned import ALIGNMENT, Arena
+
+Place = Literal["gpu", "host", "partly", "disk"]
+"""Of features: all in one place, or on the host as far as there is room (and computed anew where not)."""
+
+log = logging.getLogger(__name__)
+
+
+def compactable(x: Tensor) -> bool:
+    """Whether it may wait in half precision: not timesteps and other vectors."""
+    return x.dtype == torch.float32 and x.dim() > 1
+
+
+def packed(x: Tensor) -> Tensor:
+    """A feature in half precision, 11 bits of mantissa, where its values fit.
+
+    Rounding to it costs 2e-8 of a feature's power, 4-bit weights cost 1e-3. Timesteps and other vectors stay as they
+    are.
+    """
+    if not compactable(x):
+        return x
+    half = x.half()
+    return half if bool(torch.isfinite(half).all()) else x
+
+
+def unpacked(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 else x
+
+
+class Shelf:
+    """Keeps features as they come, in one place.
+
+    Args:
+        compact: in half precision.
+        folder: of files.
+        arena: pinned memory, for the host's.
+    """
+
+    def __init__(self, place: Place, *, compact: bool, folder: Path | None = None, arena: Arena | None = None):
+        self.place, self.compact, self.folder, self.arena = place, compact, folder, arena
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` as it would come back, where it is."""
+        return packed(x) if self.compact else x
+
+    def keep(self, x: Tensor) -> Tensor:
+        """``x`` where it shall wait; itself where it is there already."""
+        x = self.rounded(x)
+        if self.place == "gpu":
+            return x
+        if self.place == "disk":
+            return x if x.device.type == "cpu" and _is_mapped(x) else mapped_empty(x, self.folder).copy_(x)
+        if x.device.type == "cpu":
+            return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
+        flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
+        return x.cpu() if flat is None else _laid_out_like(flat, x).copy_(x)
+
+
+def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:
+    """A tensor of a shape and type whose memory is a file, which goes with it.
+
+    Raises:
+        OSError: the disk is full; found out here, not by a signal when the memory is written.
+    """
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
+    try:
+        size = max(1, like.numel() * like.element_size())
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder or tempfile.gettempdir())) from error
+        flat = torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype)
+    finally:
+        os.close(handle)
+        os.unlink(name)  # the mapping keeps it until the tensor is gone
+    _MAPPED.add(flat.untyped_storage().data_ptr())
+    weakref.finalize(flat, _MAPPED.discard, flat.untyped_storage().data_ptr())
+    return _laid_out_like(flat, like)
+
+
+_MAPPED: set[int] = set()
+
+
+def _is_mapped(x: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() in _MAPPED
+
+
+def _laid_out_like(flat: Tensor, like: Tensor) -> Tensor:
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        n, c, h, w = like.shape
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    return flat.view(like.shape)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of one collector go; see :class:`Collector`."""
+
+    rows: int
+    near: int
+    compact: bool
+    pinned: bool
+    folder: Path | None
+    arena: Arena | None
+
+
+class Collector:
+    """Puts a unit's rows where they shall lie as they come, chunk by chunk: no second copy of them ever exists.
+
+    Args:
+        rows: how many will come; near: how many of them stay on the device they come from.
+        compact: in half precision.
+        pinned: the others in host memory, out of ``arena`` where they come from a GPU; otherwise in a file in
+            ``folder``.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        near: int,
+        *,
+        compact: bool,
+        pinned: bool = True,
+        folder: Path | None = None,
+        arena: Arena | None = None,
+    ):
+        self.rows, self.pinned = rows, pinned
+        self._layout = _Layout(rows, near, compact, pinned, folder, arena)
+        self.filled = 0
+        self._stores: list[_RowStore] = []
+
+    def add(self, tensors: tuple[Tensor, ...]) -> None:
+        """The next rows, of every tensor."""
+        if not self._stores:
+            self._stores = [_RowStore(self._layout, x) for x in tensors]
+        for store, x in zip(self._stores, tensors, strict=True):
+            store.write(self.filled, x)
+        self.filled += len(tensors[0])
+
+    def parts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The near rows and the others, of every tensor."""
+        if self.filled != self.rows:
+            raise RuntimeError(f"{self.filled} of {self.rows} rows were collected")
+        return tuple(s.near() for s in self._stores), tuple(s.far() for s in self._stores)
+
+
+class _RowStore:
+    """The rows of one tensor, as they lie in memory: channels last on a GPU."""
+
+    def __init__(self, layout: _Layout, first: Tensor):
+        # Not the collector itself: the two would keep one another alive until the next collection of garbage.
+        self.layout, self.shape = layout, tuple(first.shape[1:])
+        self.last = first.device.type == "cuda"
+        self.dtype = torch.float16 if layout.compact and compactable(first) else first.dtype
+        self.length = first[0].numel()
+        self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
+        self.tail = self._far(layout.rows - layout.near)
+
+    def _far(self, count: int) -> Tensor:
+        if count and not self.layout.pinned:
+            like = torch.empty(count, self.length, dtype=self.dtype, device="meta")
+            return mapped_empty(like, self.layout.folder)
+        if count and self.last:
+            return self._pinned(count)
+        return torch.empty(count, self.length, dtype=self.dtype)
+
+    def _pinned(self, count: int) -> Tensor:
+        """Out of the arena; where its gaps are too small, memory of its own: the GPU has to reach it."""
+        shape, arena = (count, self.length), self.layout.arena
+        piece = None if arena is None else arena.empty(shape, self.dtype, from_top=True)
+        if piece is None:
+            log.debug("%d rows of %d values get pinned memory of their own", *shape)
+            piece = Arena(count * self.length * self.dtype.itemsize + ALIGNMENT).empty(shape, self.dtype)
+        return piece
+
+    def write(self, start: int, x: Tensor) -> None:
+        rows = fused.rows_view(x) if self.last else x.reshape(len(x), -1)
+        if self.dtype == torch.float16 and rows.dtype == torch.float32:
+            half = rows.half()
+            if bool(torch.isfinite(half).all()):
+                rows = half
+            else:
+                self._widen()
+        near = max(0, min(len(self.head) - start, len(rows)))
+        self.head[start : start + near].copy_(rows[:near])
+        offset = max(0, start - len(self.head))
+        self.tail[offset : offset + len(rows) - near].copy_(rows[near:])
+
+    def _widen(self) -> None:
+        """Values beyond half precision have come."""
+        self.dtype = torch.float32
+        self.head = self.head.float()
+        tail = self._far(len(self.tail))
+        self.tail = tail.copy_(self.tail)
+
+    def near(self) -> Tensor:
+        return self._shaped(self.head)
+
+    def far(self) -> Tensor:
+        return self._shaped(self.tail)
+
+    def _shaped(self, rows: Tensor) -> Tensor:
+        return fused.from_rows(rows, self.shape) if self.last else rows.view(len(rows), *self.shape)
