@@ -298,7 +298,7 @@ class LatentSampler:
                 eta=options.eta,
                 cond=cond,
                 uncond=uncond,
-                scale=options.scale,
+                scale=1.0 if cond is None else options.scale,
                 on_step=on_step,
                 apply_model=apply_model,
             )

@@ -24,6 +24,7 @@ PLACES = {
     "models/ldm/stable-diffusion-v1/model.ckpt": "sd-v1-4.ckpt of Stable Diffusion",
     "models/ldm/text2img-large/model.ckpt": "model.ckpt of the LAION-400M model",
 }
+OTHER_NAMES = ("model.safetensors", "sd-v1-4.ckpt", "sd-v1-4.safetensors")
 SCALE = 7.5
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,14 @@ def text_model(args: argparse.Namespace) -> TextModel:
     """
     config, checkpoint = LAION400M if args.laion400m else STABLE_DIFFUSION
     config = args.config or _from_repository(config)
-    return TextModel(args.ckpt or _from_repository(checkpoint), config, args.overrides, tokenizer=args.tokenizer)
+    return TextModel(args.ckpt or _own_checkpoint(checkpoint), config, args.overrides, tokenizer=args.tokenizer)
+
+
+def _own_checkpoint(path: str) -> str:
+    """The place where a model's checkpoint is expected, or the same folder's file of another name that it comes by."""
+    place = Path(_from_repository(path))
+    names = (place.name, *(OTHER_NAMES if path == STABLE_DIFFUSION[1] else OTHER_NAMES[:1]))
+    return str(next((p for p in map(place.with_name, names) if p.is_file()), place))
 
 
 def _from_repository(path: str) -> str:
@@ -185,8 +193,6 @@ def _checkpoint(path: str) -> Path:
     try:
         if Path(path).exists():
             return find_checkpoint(path)
-        if beside := next((p for p in Path(path).parent.glob("*") if p.name in OTHER_NAMES), None):
-            return beside
     except ValueError as error:
         raise UserError(f"--ckpt {error}") from None
     wanted = next((what for place, what in PLACES.items() if path.endswith(place)), None)
@@ -195,9 +201,6 @@ def _checkpoint(path: str) -> Path:
         f"{path}: no such checkpoint; {remedy} (scripts/make_random_checkpoint.py makes one with random weights to try "
         "things out)"
     )
-
-
-OTHER_NAMES = ("model.safetensors", "sd-v1-4.ckpt", "sd-v1-4.safetensors")
 
 
 class TextSampler(LatentSampler):

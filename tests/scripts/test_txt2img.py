@@ -469,6 +469,24 @@ def test_safetensors_folder_and_own_spelling_are_the_model_too(text, full, tmp_p
     assert torch.equal(pictures(draw(flags, tmp_path / "out")), pictures(full["sd"]))
 
 
+def test_the_documented_place_of_the_checkpoint_needs_no_flag(text, full, tmp_path, monkeypatch):
+    """As in the documented commands, which name none; a file that was named is taken or missed, never replaced."""
+    place = tmp_path / "models" / "ldm" / "stable-diffusion-v1"
+    place.mkdir(parents=True)
+    monkeypatch.setattr("qdiff.cli.text.REPOSITORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = text("sd").flags("--n_iter", 1)
+    named = flags.index("--ckpt")
+    del flags[named : named + 2]
+    for name in ("model.ckpt", "sd-v1-4.ckpt"):
+        (place / name).write_bytes(text("sd").ckpt.read_bytes())
+        assert torch.equal(pictures(draw(flags, tmp_path / f"out-{name}")), pictures(full["sd"])[:SAMPLES])
+        (place / name).rename(tmp_path / "away.ckpt")
+    (place / "sd-v1-4.ckpt").touch()
+    with pytest.raises(SystemExit):
+        main([*flags, "--ckpt", str(place / "other.ckpt"), "--outdir", str(tmp_path / "none")])
+
+
 def test_laion_flag_takes_its_config(text, tmp_path, failing, monkeypatch):
     """Its own config, checkpoint and folder of results, each of which a flag may name instead."""
     monkeypatch.chdir(tmp_path)
