@@ -24,6 +24,7 @@ class ImageNoise:
         indices: which images the batch holds, in its order.
         shape: of one image, C x H x W.
         device: where the draws are handed out; they are made on the CPU.
+        starts: the images whose starting noise is taken, where that is not their own.
 
     Raises:
         ValueError: a negative seed or index.
@@ -32,17 +33,26 @@ class ImageNoise:
     """
 
     def __init__(
-        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
+        self,
+        seed: int,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str | None = None,
+        *,
+        starts: Sequence[int] | None = None,
     ):
         if seed < 0:
             raise ValueError(f"seed {seed} must not be negative")
         if any(index < 0 for index in indices):
             raise ValueError(f"image numbers must not be negative: {min(indices)}")
         self.seed, self.indices, self.shape, self.device = seed, list(indices), tuple(shape), device
+        self.starts = self.indices if starts is None else list(starts)
+        if len(self.starts) != len(self.indices):
+            raise ValueError(f"{len(self.starts)} starts for {len(self.indices)} images")
 
     def start(self) -> Tensor:
         """Standard normal starting noise: N x C x H x W float32."""
-        return self._draw(_START).to(self.device)
+        return self._draw(self.starts, _START).to(self.device)
 
     def step(self, k: int, like: Tensor) -> Tensor:
         """Standard normal draw of the k-th step made, with the shape, device and type of ``like``.
@@ -53,11 +63,11 @@ class ImageNoise:
         expected = (len(self.indices), *self.shape)
         if tuple(like.shape) != expected:
             raise ValueError(f"noise was made for a batch of shape {expected}, asked for {tuple(like.shape)}")
-        return self._draw(k + 1).to(like)
+        return self._draw(self.indices, k + 1).to(like)
 
-    def _draw(self, number: int) -> Tensor:
-        draws = np.empty((len(self.indices), *self.shape), dtype=np.float32)
-        for row, index in zip(draws, self.indices, strict=True):
+    def _draw(self, indices: Sequence[int], number: int) -> Tensor:
+        draws = np.empty((len(indices), *self.shape), dtype=np.float32)
+        for row, index in zip(draws, indices, strict=True):
             key = np.random.SeedSequence(self.seed, spawn_key=(index, number))
             np.random.Generator(np.random.Philox(key)).standard_normal(dtype=np.float32, out=row)
         return torch.from_numpy(draws)

@@ -228,11 +228,14 @@ def _reason(error: requests.RequestException) -> str:
     return str(error)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The state dict in a ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors`` file, half precision widened to float32.
 
     A dict that wraps it under ``state_dict`` is unwrapped, and what a trainer keeps beside it is left alone. Nothing in
     the file is ever run. Tensors in full precision stay in the file, mapped into memory, until they are used.
+
+    Args:
+        without: beginnings of names whose tensors are left alone.
 
     Raises:
         ValueError: missing, truncated, of another kind, or holding anything but tensors and plain containers.
@@ -240,17 +243,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
-    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path)
+    content = _load_safetensors(path, without) if path.suffix == ".safetensors" else _load_pickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path}: holds no state dict (names and tensors, or a dict with 'state_dict')")
-    return {str(name): t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in content.items()}
+    kept = {str(name): tensor for name, tensor in content.items() if not str(name).startswith(without)}
+    return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in kept.items()}
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path, without: tuple[str, ...]) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        if not without:
+            return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
 

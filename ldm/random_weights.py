@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion, make_betas, schedule_buffers
 from ldm.modules.ema import EMA_COPY, MODEL, buffer_names
-from ldm.pretrained import build_latent_diffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.pretrained import CLIP_NAMES, CLIP_OLD, CLIP_POSITIONS, build_latent_diffusion
 
 NORM_SPREAD = 0.1  # of gains around 1 and of shifts around 0: as trained ones, none is exactly neutral
 BIAS_SPREAD = 0.05
@@ -76,6 +77,7 @@ def random_checkpoint(config: Mapping[str, Any], dtype: torch.dtype = torch.floa
     draws = {}
     for name, tensor in model.state_dict().items():
         draws[name] = parameters.get(name) or _exact(known[name].to(tensor.dtype))
+    draws = _published_clip_names(draws, model)
     if not model.use_ema:
         return draws
     short = buffer_names(name.removeprefix(MODEL) for name in parameters if name.startswith(MODEL))
@@ -91,6 +93,21 @@ def _known_values(config: Mapping[str, Any]) -> dict[str, Tensor]:
     told = call.arguments
     betas = make_betas(told["linear_start"], told["linear_end"], told["timesteps"])
     return schedule_buffers(betas) | {"scale_factor": torch.tensor(float(told["scale_factor"]))}
+
+
+def _published_clip_names(draws: dict[str, Draw], model: LatentDiffusion) -> dict[str, Draw]:
+    """CLIP's text tower as the published file spells it, with its buffer of positions."""
+    encoder = getattr(model, "cond_stage_model", None)
+    if not isinstance(encoder, FrozenCLIPEmbedder):
+        return draws
+    length = encoder.transformer.config.max_position_embeddings
+    positions = {CLIP_OLD + CLIP_POSITIONS: _exact(torch.arange(length)[None])}
+
+    def published(name: str) -> str:
+        new = name.startswith(CLIP_NAMES) and not name.startswith(CLIP_OLD)
+        return CLIP_OLD + name.removeprefix(CLIP_NAMES) if new else name
+
+    return {published(name): draw for name, draw in draws.items()} | positions
 
 
 def _exact(values: Tensor) -> Draw:

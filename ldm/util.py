@@ -25,11 +25,12 @@ TARGETS = frozenset(
         "ldm.models.autoencoder.IdentityFirstStage",
         "ldm.models.autoencoder.VQModelInterface",
         "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "ldm.modules.encoders.modules.BERTEmbedder",
         "ldm.modules.encoders.modules.ClassEmbedder",
+        "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
         "torch.nn.Identity",
     }
 )
-NOT_YET = frozenset({"ldm.modules.encoders.modules.BERTEmbedder", "ldm.modules.encoders.modules.FrozenCLIPEmbedder"})
 
 _KEYS = ("target", "params", "base_learning_rate")  # the last one only matters for training
 
@@ -51,10 +52,8 @@ def instantiate_from_config(config: Mapping[str, Any], where: str = "model") -> 
     if unknown:
         raise ConfigError(f"{where}: unknown key '{unknown[0]}'; known here: {', '.join(_KEYS)}")
     target, params = config["target"], dict(config.get("params") or {})
-    if target in NOT_YET:
-        raise ConfigError(f"{where}: target '{target}' is not in this version: text encoders are still to come")
     if target not in TARGETS:
-        raise ConfigError(f"{where}: target '{target}' is none of {', '.join(sorted(TARGETS | NOT_YET))}")
+        raise ConfigError(f"{where}: target '{target}' is none of {', '.join(sorted(TARGETS))}")
     module, _, name = target.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     check_keywords(cls, params, where)

@@ -264,7 +264,7 @@ def load_quantized(
             qnn.output_scale = scale.to(next(qnn.parameters()).device)
     else:
         _load_published(path, qnn, quant_act=wants_act)
-    qnn.bake()
+        qnn.bake()
     qnn.set_quant_state(True, wants_act)
 
 
@@ -303,7 +303,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = _existing(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: its tensors are copied into the network, and should not be held twice until then.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise CheckpointError(

@@ -150,6 +150,8 @@ class QuantModule(nn.Module):
             else:
                 setattr(self, f"weight_quantizer{suffix}", grid)
         self.bake()
+        if not keep_full_precision:
+            self.weight = nn.Parameter(self.baked_weight, requires_grad=False)  # one tensor, not two that are equal
 
     def _load_from_state_dict(self, *args) -> None:
         self.unbake()

@@ -221,6 +221,15 @@ class QuantModel(nn.Module):
     def _switches(self) -> list[nn.Module]:
         return [m for m in self.modules() if isinstance(m, QuantModel | QuantModule | BaseQuantBlock)]
 
+    def set_grad_ckpt(self, grad_ckpt: bool) -> None:
+        """Whether transformer blocks save memory while they are reconstructed, by computing activations twice.
+
+        The published name. The result is the same; families without such blocks are not affected.
+        """
+        for module in self.model.modules():
+            if hasattr(module, "grad_ckpt"):
+                module.grad_ckpt = grad_ckpt
+
     def find_weight_grids(self) -> None:
         """Set every weight's grid from the weight itself: round to nearest."""
         for layer in self.layers().values():

@@ -119,9 +119,18 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))  # N, P, C
+        x = self.attend_to_itself(x)
+        x = self.attend_to_context(x, context)
+        return self.feed_forward(x)  # N, P, C
+
+    def attend_to_itself(self, x: Tensor) -> Tensor:
+        return x + self.attn1(self.norm1(x))
+
+    def attend_to_context(self, x: Tensor, context: Tensor) -> Tensor:
+        return x + self.attn2(self.norm2(x), context)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):

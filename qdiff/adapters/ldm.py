@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import AttentionBlock, CrossAttention, TransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
@@ -84,9 +86,31 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
 
 
 class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):
-    """A transformer block: its layers are quantized, and the products of both its attentions."""
+    """A transformer block: its layers are quantized, and the products of both its attentions.
+
+    Attributes:
+        grad_ckpt: while it is reconstructed keep only what passes between its three parts, and compute the inside of
+            a part again when its gradients are wanted: the maps of one attention in memory at once, not of both. Same
+            values, more time.
+    """
 
     kind = "transformer block"
+    grad_ckpt = False
+
+    def attend_to_itself(self, x: Tensor) -> Tensor:
+        return self._kept_or_computed_again(super().attend_to_itself, x)
+
+    def attend_to_context(self, x: Tensor, context: Tensor) -> Tensor:
+        return self._kept_or_computed_again(super().attend_to_context, x, context)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self._kept_or_computed_again(super().feed_forward, x)
+
+    def _kept_or_computed_again(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if not (self.grad_ckpt and torch.is_grad_enabled()):
+            return part(*inputs)
+        # Nothing in a part is random, and a CUDA graph may not look at the state of the generator.
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _act_quantizers(configs: dict[str, QuantizerConfig]) -> dict[str, UniformAffineQuantizer]:

@@ -286,11 +286,12 @@ def add_quantizer_flags(group: argparse._ArgumentGroup, *, a_sym: bool = True, a
     )
 
 
-def add_calibration_flags(parser: Parser, *, act_range: bool = False) -> None:
+def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samples: int = 64) -> None:
     """The calibration set and the reconstruction.
 
     Args:
         act_range: whether the command leaves the method of the first activation ranges to the user.
+        range_samples: how many set them, unless the user says otherwise.
     """
     group = parser.add_argument_group("calibration", "not used when sampling from a calibrated checkpoint (--resume)")
     add_selection_flags(group)
@@ -329,7 +330,7 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False) -> None:
     group.add_argument(
         "--range_samples",
         type=at_least_or_all(1),
-        default=64,
+        default=range_samples,
         metavar="N|all",
         help="samples that set the first activation ranges; timed ranges always use all of their timestep",
     )

@@ -21,8 +21,8 @@ from ldm.models.diffusion.ddim import latent_timesteps
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import sample_latents
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.encoders.modules import ClassEmbedder
-from ldm.pretrained import build_latent_diffusion, find_checkpoint, load_state
+from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
+from ldm.pretrained import UNET, build_latent_diffusion, find_checkpoint, load_state
 from ldm.util import load_model_config
 from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, real, whole_numbers
@@ -163,7 +163,20 @@ class LatentModel:
             self.checkpoint = find_checkpoint(path)
         except ValueError as error:
             raise UserError(f"--resume_base {error}") from None
-        self.config_path = self.checkpoint.with_name("config.yaml")
+        self._build(self.checkpoint.with_name("config.yaml"), overrides)
+        conditional = self.diffusion.conditional
+        if conditional and not isinstance(self.diffusion.cond_stage_model, ClassEmbedder):
+            text = isinstance(self.diffusion.cond_stage_model, TextEncoder)
+            raise UserError(
+                f"{self.config_path}: the model is conditional on '{self.diffusion.cond_stage_key}'; this command "
+                "samples from unconditional and class-conditional models"
+                + (", scripts/txt2img.py from text-to-image ones" if text else "")
+            )
+        self._check_condition("classes")
+
+    def _build(self, config_path: Path, overrides: Sequence[str]) -> None:
+        """Everything but the weights."""
+        self.config_path = config_path
         self.config = load_model_config(self.config_path, overrides)
         self.name = self.checkpoint.absolute().parent.name
         with torch.device("meta"):
@@ -173,20 +186,21 @@ class LatentModel:
                 raise ConfigError(f"{self.config_path}: {error}") from None
             except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
                 raise UserError(f"{self.config_path}: the model cannot be built: {error}") from None
-        size, halvings = self.diffusion.image_size, len(self.layer_facts()["channel_mult"]) - 1
-        if size % 2**halvings:
+        size = self.diffusion.image_size
+        if size % self.coarsest:
             raise UserError(
-                f"{self.config_path}: image_size {size} cannot be halved {halvings} times, as the UNet does; use a "
-                f"multiple of {2**halvings}"
+                f"{self.config_path}: image_size {size} cannot be halved as often as the UNet does; use a multiple of "
+                f"{self.coarsest}"
             )
-        conditional = self.diffusion.conditional
-        if conditional and not isinstance(self.diffusion.cond_stage_model, ClassEmbedder):
-            raise UserError(
-                f"{self.config_path}: the model is conditional on '{self.diffusion.cond_stage_key}'; this command "
-                "samples from unconditional and class-conditional models"
-            )
-        if conditional and self.diffusion.model.conditioning_key != "crossattn":
-            raise UserError(f"{self.config_path}: classes reach the UNet through conditioning_key crossattn only")
+
+    def _check_condition(self, what: str) -> None:
+        if self.diffusion.conditional and self.diffusion.model.conditioning_key != "crossattn":
+            raise UserError(f"{self.config_path}: {what} reach the UNet through conditioning_key crossattn only")
+
+    @property
+    def coarsest(self) -> int:
+        """What the height and width of a latent must be multiples of: the UNet halves them level by level."""
+        return 2 ** (len(self.layer_facts()["channel_mult"]) - 1)
 
     @property
     def unet(self) -> nn.Module:
@@ -219,16 +233,23 @@ class LatentModel:
         """``unet.<key>`` -> value: what decides the network's layers."""
         return {f"unet.{key}": value for key, value in self.layer_facts().items()}
 
-    def load(self) -> None:
+    def load(self, *, unet: bool = True) -> None:
         """Read the weights: averaged ones, where the model has them.
+
+        Args:
+            unet: whether the UNet's are wanted. Otherwise the file need not have them, they are not read, and the UNet
+                is left with memory for its weights and nothing in it.
 
         Raises:
             UserError: they are damaged or of another architecture.
         """
         try:
-            load_state(self.diffusion, read_weights(self.checkpoint), source=str(self.checkpoint))
+            state = read_weights(self.checkpoint, without=() if unet else UNET)
+            load_state(self.diffusion, state, source=str(self.checkpoint), unet=unet)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if not unet:
+            self.unet.to_empty(device="cpu")
         self.diffusion.eval().requires_grad_(False)
         logger.debug("full-precision weights from %s", self.checkpoint)
 
@@ -249,7 +270,7 @@ class LatentSampler:
         self.model, self.options, self.device, self.allow_tf32 = model, options, device, allow_tf32
         self.image_shape = model.diffusion.latent_shape
         self.context_shape = model.context_shape
-        self.rows_per_image = 2 if options.labels and options.scale != 1 else 1
+        self.rows_per_image = 2 if self.context_shape is not None and options.scale != 1 else 1
         train = model.diffusion.num_timesteps
         if options.method == "ddpm":
             self.n_steps = train
@@ -262,8 +283,8 @@ class LatentSampler:
     def __call__(self, model: NoiseModel, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
         """Latents ``indices`` of the seed, scaled as the network sees them: N x C x h x w."""
         options = self.options
-        noise = ImageNoise(options.seed, indices, self.image_shape, self.device)
-        cond, uncond = self.conditions(indices) if options.labels else (None, None)
+        noise = self.noise(indices)
+        cond, uncond = (None, None) if self.context_shape is None else self.conditions(indices)
 
         def apply_model(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
             return model(x, t) if context is None else model(x, t, context)
@@ -277,10 +298,14 @@ class LatentSampler:
                 eta=options.eta,
                 cond=cond,
                 uncond=uncond,
-                scale=options.scale if options.labels else 1.0,
+                scale=1.0 if cond is None else options.scale,
                 on_step=on_step,
                 apply_model=apply_model,
             )
+
+    def noise(self, indices: Sequence[int]) -> ImageNoise:
+        """Starting noise and draws of some images."""
+        return ImageNoise(self.options.seed, indices, self.image_shape, self.device)
 
     def conditions(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Embeddings of the images' classes and of "no condition": each N x L x D."""

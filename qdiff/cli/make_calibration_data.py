@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddim.config import load_config
 from qdiff.calibration_data import make_calibration_set, save_calibration_set
-from qdiff.cli import latent, pixel
+from qdiff.cli import latent, pixel, text
 from qdiff.cli.errors import exit_on_error, lower_on_out_of_memory
 from qdiff.cli.flags import Parser, add_common_flags, at_least, real, resolve_device
 from qdiff.cli.sampling import Sampler, image_bar, with_bar
@@ -23,10 +23,23 @@ examples, the sets that the calibrating commands in the README take:
       --skip_type quad -n 256 --cali_st 20 --out cali.pt
   python scripts/make_calibration_data.py -r models/ldm/lsun_beds256/model.ckpt -c 200 -e 1.0 \\
       -n 256 --cali_st 20 --out cali.pt
+  python scripts/make_calibration_data.py --from-file prompts.txt --plms --ckpt sd-v1-4.ckpt \\
+      -n 128 --cali_st 25 --out cali.pt
 """
 # Flags that only one kind of model has, and those that are not said twice.
-PIXEL_ONLY = ("use_pretrained", "ckpt", "sample_type", "skip_type", "timesteps")
-LATENT_ONLY = ("custom_steps", "vanilla_sample", "dpm", "class_labels", "scale")
+PIXEL_ONLY = ("use_pretrained", "sample_type", "skip_type", "timesteps")
+LATENT_ONLY = ("resume_base", "custom_steps", "vanilla_sample", "class_labels")
+TEXT_ONLY = ("laion400m", "tokenizer", "H", "W", "ddim_steps", "plms")
+NOT_OF = {
+    "pixel": (*LATENT_ONLY, *TEXT_ONLY, "dpm", "scale"),
+    "latent": (*PIXEL_ONLY, *TEXT_ONLY, "ckpt", "config"),
+    "text": (*PIXEL_ONLY, *LATENT_ONLY),
+}
+NAMES = {
+    "pixel": "--config (a pixel-space model)",
+    "latent": "-r (a latent model)",
+    "text": "--prompt or --from-file (a text-to-image model)",
+}
 
 
 def build_parser() -> Parser:
@@ -37,9 +50,10 @@ def build_parser() -> Parser:
         "sample with.",
         epilog=EXAMPLES,
         overrides=True,
-        usage="%(prog)s (--config FILE | -r PATH) --out FILE [flags] [key=value ...]",
+        usage="%(prog)s (--config FILE | -r PATH | --prompt TEXT | --from-file FILE) --out FILE [flags] "
+        "[key=value ...]",
     )
-    add_kinds_of_model(parser)
+    add_kinds_of_model(parser, texts=True)
     group = parser.add_argument_group("the set")
     group.add_argument("--out", required=True, metavar="FILE", help="where to write it")
     group.add_argument("--force", action="store_true", help="replace --out where it exists")
@@ -62,26 +76,38 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_kinds_of_model(parser: Parser) -> None:
-    """Model and sampler of a command that takes both kinds, told apart by ``--config`` and ``-r``."""
+def add_kinds_of_model(parser: Parser, *, texts: bool = False) -> None:
+    """Model and sampler of a command that takes several kinds, told apart by ``--config`` and ``-r``.
+
+    Args:
+        texts: text-to-image models too, told by ``--prompt`` and ``--from-file``.
+    """
     pixel.add_model_flags(parser, title="pixel-space model", required=False)
     pixel.add_trajectory_flags(parser.add_argument_group("its sampler"))
     latent.add_model_flags(parser, title="or: latent model", required=False)
     latent.add_trajectory_flags(parser.add_argument_group("its sampler"))
-    both = parser.add_argument_group("sampler of both")
-    both.add_argument(
+    if texts:
+        group = parser.add_argument_group(
+            "or: text-to-image model",
+            "with --config and --ckpt, by default those of Stable Diffusion v1, and --dpm, --scale",
+        )
+        text.add_prompt_flags(group)
+        text.add_text_model_flags(group)
+        text.add_text_sampler_flags(group)
+    shared = parser.add_argument_group("sampler of all")
+    shared.add_argument(
         "-e",
         "--eta",
         type=real(zero=True),
         metavar="X",
-        help="noise in DDIM steps: 0 none, 1 as in DDPM [0 for pixel-space models, 1 for latent ones]",
+        help="noise in DDIM steps: 0 none, 1 as in DDPM [0; 1 for models named by -r]",
     )
-    both.add_argument(
+    shared.add_argument(
         "--batch_size",
         type=at_least(1),
         metavar="N",
         help="images at once; changes speed and memory, not the images [sampling.batch_size of a pixel-space model's "
-        "config, 10 for latent models]",
+        "config, 10 for others]",
     )
 
 
@@ -101,23 +127,39 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--out {out}: the folder cannot be written to; choose another place")
 
 
-def check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
-    """One model, and no flags that are those of the other kind; ``--eta`` becomes its kind's default."""
+def kind_of(args: argparse.Namespace) -> str | None:
+    """``pixel``, ``latent`` or ``text``; None where the flags do not say."""
+    if getattr(args, "prompt", None) is not None or getattr(args, "from_file", None) is not None:
+        return "text"
     if (args.config is None) == (args.resume_base is None):
-        parser.error("say which model: --config FILE for a pixel-space one, or -r PATH for a latent one")
-    is_latent = args.resume_base is not None
-    for name in PIXEL_ONLY if is_latent else LATENT_ONLY:
+        return None
+    return "pixel" if args.resume_base is None else "latent"
+
+
+def check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
+    """One model, and no flags that are those of another kind; what is left open becomes its kind's default."""
+    kind = kind_of(args)
+    if kind is None:
+        kinds = ["--config FILE for a pixel-space one", "-r PATH for a latent one"]
+        if hasattr(args, "prompt"):
+            kinds.append("--prompt TEXT or --from-file FILE for a text-to-image one")
+        parser.error(f"say which model: {', '.join(kinds[:-1])}, or {kinds[-1]}")
+    for name in NOT_OF[kind]:
         if name in args.given:
-            needed = "--config, and a latent model is named" if is_latent else "-r, and a pixel-space model is named"
-            parser.error(f"{parser.flag(name)} goes with {needed}; --help lists the flags of each")
-    if is_latent:
+            other = next(k for k, names in NOT_OF.items() if k != kind and name not in names)
+            parser.error(f"{parser.flag(name)} goes with {NAMES[other]}, not with {NAMES[kind]}; leave one of them out")
+    if args.eta is None:
+        args.eta = 1.0 if kind == "latent" else 0.0
+    if kind == "text":
+        text.check_text_flags(parser, args, eta="eta")
+        if "scale" not in args.given:
+            args.scale = text.SCALE
+    elif kind == "latent":
         latent.check_sampler_flags(parser, args)
     else:
         if args.overrides:
-            parser.error(f"{args.overrides[0]}: only the config of a latent model (-r) can be changed by such words")
+            parser.error(f"{args.overrides[0]}: the config of a pixel-space model cannot be changed by such words")
         pixel.check_model_flags(parser, args)
-    if args.eta is None:
-        args.eta = 1.0 if is_latent else 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_args(parser, args)
     with exit_on_error(PROGRAM, verbose=args.verbose):
-        content = record_pixels(parser, args) if args.resume_base is None else record_latents(parser, args)
+        content = {"pixel": record_pixels, "latent": record_latents, "text": record_texts}[kind_of(args)](parser, args)
         save_calibration_set(args.out, content)
         print(summary(Path(args.out), content))
     return 0
@@ -148,6 +190,18 @@ def record_latents(parser: Parser, args: argparse.Namespace) -> dict[str, list[T
     model.load()
     context = sampler.conditions(range(args.cali_n or args.n_samples)) if sampler.context_shape else None
     return record(args, model.unet, sampler, args.batch_size or latent.BATCH_SIZE, context)
+
+
+def record_texts(parser: Parser, args: argparse.Namespace) -> dict[str, list[Tensor]]:
+    prompts, model = text.read_prompts(args), text.text_model(args)
+    options = text.text_options(parser, args, model, eta=args.eta)
+    device, size = resolve_device(args.device), (args.H, args.W)
+    sampler = text.TextSampler(model, options, device, prompts, size=size)
+    _check_steps(parser, args, sampler)
+    model.load()
+    unet = model.unet
+    context = sampler.conditions(range(args.cali_n or args.n_samples))
+    return record(args, unet, sampler, args.batch_size or latent.BATCH_SIZE, context)
 
 
 def _check_steps(parser: Parser, args: argparse.Namespace, sampler: Sampler) -> None:

@@ -31,6 +31,9 @@ examples:
   elsewhere; the config is copied beside it
     python scripts/make_random_checkpoint.py --config configs/latent-diffusion/cin256-v2.yaml \\
         --out /tmp/cin/model.safetensors --dtype fp16
+  Stable Diffusion, where scripts/txt2img.py looks for it
+    python scripts/make_random_checkpoint.py --config configs/stable-diffusion/v1-inference.yaml \\
+        --out models/ldm/stable-diffusion-v1/model.ckpt
 """
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64"}
@@ -91,13 +94,30 @@ def run(args: argparse.Namespace) -> str:
     write = write_safetensors if out.suffix == ".safetensors" else write_pickled
     with tqdm(total=len(draws), unit=" tensors", desc="drawing") as bar:
         write(out, draws, args.seed, bar)
-    note = place_config(args, out.with_name("config.yaml"))
+    of_texts = any(name.startswith("cond_stage_model.transformer.") for name in draws)
+    note = told_of_config(args) if of_texts else place_config(args, out.with_name("config.yaml"))
     count = sum(_elements(draw) for name, draw in draws.items() if name.startswith("model."))
     return (
         f"{out}: {out.stat().st_size / 2**20:.0f} MiB, a UNet of {count / 1e6:.1f} M random parameters ({args.dtype})\n"
         f"{note}\n"
-        f"  sample from it with: python scripts/sample_diffusion_ldm.py -r {out} -n 10 -c 20 --seed 0"
+        f"  sample from it with: python scripts/{text_command(args) if of_texts else ldm_command(out)}"
     )
+
+
+def ldm_command(out: Path) -> str:
+    return f"sample_diffusion_ldm.py -r {out} -n 10 -c 20 --seed 0"
+
+
+def text_command(args: argparse.Namespace) -> str:
+    """It does not look for a config beside the checkpoint."""
+    words = "".join(f" {word}" for word in args.overrides)
+    return (
+        f'txt2img.py --config {args.config} --ckpt {args.out} --prompt "a puppy wearing a hat" --ddim_steps 20{words}'
+    )
+
+
+def told_of_config(args: argparse.Namespace) -> str:
+    return f"  its config is {args.config}" + (f", with {' '.join(args.overrides)}" if args.overrides else "")
 
 
 def place_config(args: argparse.Namespace, beside: Path) -> str:

@@ -62,6 +62,7 @@ class QuantPlan:
         checkpoint: where calibrated weights come from; None calibrates everything.
         weights_only: take the weights of ``checkpoint`` and calibrate activations.
         correct_scale: correct the output as the checkpoint says, where it does.
+        grad_ckpt: whether transformer blocks save memory while they are reconstructed; changes no result.
     """
 
     quant: QuantConfig
@@ -71,6 +72,7 @@ class QuantPlan:
     checkpoint: Path | None = None
     weights_only: bool = False
     correct_scale: bool = True
+    grad_ckpt: bool = False
 
     @property
     def calibrates(self) -> bool:
@@ -126,6 +128,7 @@ def make_plan(
         checkpoint=path,
         weights_only=args.resume_w,
         correct_scale=not args.no_correct_scale,
+        grad_ckpt=not getattr(args, "no_grad_ckpt", True),
     )
 
 
@@ -243,6 +246,7 @@ def quantized_model(model: nn.Module, plan: QuantPlan) -> QuantModel:
         CheckpointError: the checkpoint does not fit the network or the flags.
     """
     quantized = QuantModel.from_config(model, plan.quant).eval()
+    quantized.set_grad_ckpt(plan.grad_ckpt)
     if plan.checkpoint is not None:
         load_quantized(
             plan.checkpoint,

@@ -1,6 +1,7 @@
 """Run folders: where images, checkpoints, log and options of one run lie, and how a stopped run goes on.
 
-``-l DIR`` makes ``DIR/samples/<date>/``, or ``DIR/<model>/samples/<date>/`` where runs are kept by model. Where ``DIR``
+``-l DIR`` makes ``DIR/samples/<date>/``, or ``DIR/<model>/samples/<date>/`` where runs are kept by model; other
+commands have another :class:`Layout`. Where ``DIR``
 itself is such a folder (it holds a ``sampling_config.yaml``), that run is continued: its options must be those of the
 command, and only the images that are missing are made.
 """
@@ -14,8 +15,9 @@ import shlex
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
@@ -40,7 +43,6 @@ ARRAY_NAME = "arr_0"  # numpy's own name for the first array of a file
 # Options that say where or how fast, not what: a run may be continued with others.
 FREE_OPTIONS = ("logdir", "device", "batch_size", "verbose", "cali_gpu_gb", "cali_host_gb", "tensorboard")
 GRID_IMAGES = 64
-GRID_COLUMNS = 8
 
 LOG_ONLY = {"log_only": True}
 """As ``extra=`` of a log message: too long for the terminal."""
@@ -48,6 +50,37 @@ FILE_ONLY = {"file_only": True}
 """The same, also with ``--verbose``: the terminal is told otherwise."""
 
 logger = logging.getLogger("qdiff")  # all below it are heard
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a command lays its runs out.
+
+    Attributes:
+        flags: those that name the folder, the one for messages last.
+        runs: the folder in between in which runs are made; empty for none.
+        images: the folder of images in a run's.
+        digits: of an image's number.
+        grid, columns: whether there is a picture of the first images, and how many of them stand in a row.
+        keep_images: whether images stay once the grid is made.
+        free_options: that may differ when a run is continued, beside :data:`FREE_OPTIONS`.
+    """
+
+    flags: tuple[str, ...] = ("--logdir", "-l")
+    runs: str = "samples"
+    images: str = "img"
+    digits: int = 6
+    grid: bool = True
+    columns: int = 8
+    keep_images: bool = True
+    free_options: tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        return self.flags[-1]
+
+
+LAYOUT = Layout()
 
 
 class RunFolder:
@@ -58,12 +91,12 @@ class RunFolder:
         continued: it was there before.
     """
 
-    def __init__(self, path: Path, continued: bool):
-        self.path, self.continued = path, continued
-        self.images, self.arrays = path / "img", path / "numpy"
+    def __init__(self, path: Path, continued: bool, layout: Layout = LAYOUT):
+        self.path, self.continued, self.layout = path, continued, layout
+        self.images, self.arrays = path / layout.images, path / "numpy"
 
     @classmethod
-    def find(cls, logdir: str | Path, options: dict[str, Any]) -> RunFolder | None:
+    def find(cls, logdir: str | Path, options: dict[str, Any], layout: Layout = LAYOUT) -> RunFolder | None:
         """The run that ``logdir`` itself is, if it is one. Changes nothing.
 
         Args:
@@ -75,11 +108,13 @@ class RunFolder:
         record = Path(logdir).absolute() / CONFIG_NAME
         if not record.is_file():
             return None
-        _check_same(_read_options(record), _plain(options), record)
-        return cls(record.parent, continued=True)
+        _check_same(_read_options(record, layout), _plain(options), record, layout)
+        return cls(record.parent, continued=True, layout=layout)
 
     @classmethod
-    def create(cls, logdir: str | Path, options: dict[str, Any], *, model_name: str = "") -> RunFolder:
+    def create(
+        cls, logdir: str | Path, options: dict[str, Any], *, model_name: str = "", layout: Layout = LAYOUT
+    ) -> RunFolder:
         """A new folder below ``logdir``, with the options in it.
 
         Args:
@@ -88,7 +123,8 @@ class RunFolder:
         Raises:
             OSError: the folder cannot be made or written to.
         """
-        folder = cls(_new_dated_folder(Path(logdir).absolute() / model_name / "samples"), continued=False)
+        parent = Path(logdir).absolute() / model_name / layout.runs
+        folder = cls(_new_dated_folder(parent), continued=False, layout=layout)
         folder.images.mkdir()
         text = yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)
         write_atomically(folder.path / CONFIG_NAME, text.encode())
@@ -102,27 +138,46 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
 
     def image_path(self, index: int) -> Path:
-        return self.images / f"{index:06d}.png"
+        return self.images / f"{self.number(index)}.png"
+
+    def number(self, index: int) -> str:
+        return f"{index:0{self.layout.digits}d}"
 
     def missing_images(self, total: int) -> list[int]:
-        """Numbers below ``total`` whose image is not there yet, ascending."""
+        """Numbers below ``total`` whose image is not there yet, ascending; none where only the grid stays, and does."""
+        if not self.layout.keep_images and (self.path / GRID_NAME).is_file():
+            return []
         there = {name.name for name in os.scandir(self.images)}
         return [i for i in range(total) if self.image_path(i).name not in there]
 
-    def save_images(self, indices: Sequence[int], images: Tensor) -> None:
-        """Write images in [0, 1], N x C x H x W with 1 or 3 channels; each file is whole or not there."""
+    def save_images(
+        self, indices: Sequence[int], images: Tensor, text: Callable[[int], Mapping[str, str]] | None = None
+    ) -> None:
+        """Write images in [0, 1], N x C x H x W with 1 or 3 channels; each file is whole or not there.
+
+        Args:
+            text: what an image's file says of it, by its number.
+        """
         for index, image in zip(indices, images, strict=True):
-            write_atomically(self.image_path(index), _png(image), durable=False)
+            content = _png(image, text(index) if text is not None else {})
+            write_atomically(self.image_path(index), content, durable=False)
 
     def save_grid(self, total: int) -> Path | None:
-        """One picture of the first images, read back from their files; None when there are none."""
+        """One picture of the first images, read back from their files; None when there are none or it is not wanted."""
+        if not self.layout.grid:
+            return None
         paths = [self.image_path(i) for i in range(min(total, GRID_IMAGES))]
         images = [read_png(path) for path in paths if path.is_file()]
         if not images:
             return None
         path = self.path / GRID_NAME
-        write_atomically(path, _png(make_grid(images, nrow=min(GRID_COLUMNS, len(images)), padding=1)))
+        write_atomically(path, _png(make_grid(images, nrow=min(self.layout.columns, len(images)), padding=1)))
         return path
+
+    def drop_images(self) -> None:
+        """Remove the images, where only the grid is to stay."""
+        if not self.layout.keep_images:
+            shutil.rmtree(self.images, ignore_errors=True)
 
     def save_array(self, total: int) -> Path | None:
         """All images in one ``.npz``, as the evaluation suites of others read them; None when there are none.
@@ -163,6 +218,9 @@ class RunFolder:
         """Whether a file of so many images is there."""
         return any(self.arrays.glob(f"{total}x*-samples.npz"))
 
+    def _continue(self, argv: Sequence[str]) -> str:
+        return continue_command(argv, self.path, self.layout.flags)
+
     @contextmanager
     def logging(self, argv: Sequence[str], *, verbose: bool = False) -> Iterator[None]:
         """Copy what is logged under ``qdiff`` to ``run.log`` and the terminal. A new log starts with how to go on.
@@ -178,12 +236,12 @@ class RunFolder:
         logger.addHandler(terminal)
         try:
             if not self.continued:
-                logger.info("run folder %s; continue this run with: %s", self.path, continue_command(argv, self.path))
+                logger.info("run folder %s; continue this run with: %s", self.path, self._continue(argv))
             else:
                 logger.info("continuing the run in %s", self.path)
             yield
         except (KeyboardInterrupt, OSError) as error:
-            how = f"continue this run with: {continue_command(argv, self.path)}"
+            how = f"continue this run with: {self._continue(argv)}"
             error.add_note(how)
             with suppress(OSError):  # the disk may be full
                 logger.info("stopped (%s); %s", str(error) or type(error).__name__, how, extra=FILE_ONLY)
@@ -196,7 +254,7 @@ class RunFolder:
             logger.propagate = before[1]
 
 
-def check_room(logdir: str | Path, needed: int) -> None:
+def check_room(logdir: str | Path, needed: int, flag: str = LAYOUT.flag) -> None:
     """Refuse to start long work whose result would not fit on the disk.
 
     Args:
@@ -207,19 +265,20 @@ def check_room(logdir: str | Path, needed: int) -> None:
     if free < needed:
         raise UserError(
             f"{place}: {free / 2**20:.0f} MiB are free, and the checkpoints need about {needed / 2**20:.0f} MiB; "
-            "make room, or give -l another place"
+            f"make room, or give {flag} another place"
         )
 
 
-def continue_command(argv: Sequence[str], folder: Path) -> str:
-    """The command line that was typed, its ``-l`` pointing at the run's own folder."""
+def continue_command(argv: Sequence[str], folder: Path, flags: Sequence[str] = LAYOUT.flags) -> str:
+    """The command line that was typed, its ``-l`` (or what the command calls it) pointing at the run's own folder."""
+    joined = tuple(f"{flag}=" if flag.startswith("--") else flag for flag in flags)  # --logdir=DIR and -lDIR
     words, rest = [], iter(argv)
     for word in rest:
-        if word in ("-l", "--logdir"):
+        if word in flags:
             next(rest, None)
-        elif not word.startswith(("--logdir=", "-l")):
+        elif not word.startswith(joined):
             words.append(word)
-    return shlex.join(["python", *words, "-l", str(folder)])
+    return shlex.join(["python", *words, flags[-1], str(folder)])
 
 
 def read_png(path: Path) -> Tensor:
@@ -239,10 +298,14 @@ def _pixels(path: Path) -> np.ndarray:
     raise UserError(f"{path}: cannot be read ({trouble}); delete it and continue the run, which makes it again")
 
 
-def _png(image: Tensor) -> bytes:
+def _png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
     pixels = image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()  # H, W, C
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    picture.save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
@@ -260,26 +323,26 @@ def _new_dated_folder(parent: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def _read_options(path: Path) -> dict[str, Any]:
+def _read_options(path: Path, layout: Layout) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not the options of a run; give -l another folder to start a new run")
+        raise UserError(f"{path}: not the options of a run; give {layout.flag} another folder to start a new run")
     return content
 
 
-def _check_same(recorded: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def _check_same(recorded: dict[str, Any], now: dict[str, Any], path: Path, layout: Layout) -> None:
     before, after = _flat(recorded), _flat(now)
-    names = [name for name in {**before, **after} if name not in FREE_OPTIONS]
+    names = [name for name in {**before, **after} if name not in (*FREE_OPTIONS, *layout.free_options)]
     differing = [name for name in names if before.get(name) != after.get(name)]
     if differing:
         shown = "; ".join(f"{name} is {after.get(name)!r}, was {before.get(name)!r}" for name in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(
             f"{path}: this run was started with other options: {shown}{more}. Continue with the recorded ones, or give "
-            "-l another folder to start a new run"
+            f"{layout.flag} another folder to start a new run"
         )
 
 

@@ -37,7 +37,7 @@ from qdiff.cli.pixel import (
     check_sampler_flags,
     load_full_precision,
 )
-from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.run_folder import LAYOUT, RunFolder
 from qdiff.cli.sampling import run
 from qdiff.workers import joined_processes
 
@@ -111,6 +111,7 @@ class PixelTask:
 
     model_name = ""
     paths = ("config", "ckpt")
+    layout, batch_flag = LAYOUT, "--batch_size"
 
     def __init__(self, args: argparse.Namespace, config: PixelConfig):
         self.args, self.config = args, config
@@ -134,6 +135,9 @@ class PixelTask:
 
     def to_images(self, samples: Tensor) -> Tensor:
         return to_images(samples, self.config.data)
+
+    def image_text(self, index: int) -> dict[str, str]:
+        return {}
 
     def finish(self, folder: RunFolder, *, changed: bool) -> None:
         """The images are all there is."""

@@ -33,7 +33,7 @@ from qdiff.cli.latent import (
     sampler_options,
 )
 from qdiff.cli.pipeline import QuantPlan, make_plan
-from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.run_folder import LAYOUT, RunFolder
 from qdiff.cli.sampling import run
 from qdiff.workers import joined_processes
 
@@ -116,6 +116,7 @@ class LatentTask:
     """A latent diffusion model in the course of :func:`qdiff.cli.sampling.run`."""
 
     paths = ("resume_base",)
+    layout, batch_flag = LAYOUT, "--batch_size"
 
     def __init__(self, parser: Parser, args: argparse.Namespace):
         self.args = args
@@ -149,13 +150,16 @@ class LatentTask:
 
     def network(self, *, weights: bool) -> nn.Module:
         # A packed checkpoint has the UNet's weights, but first stage and embeddings are always those of the model.
-        self.model.load()
+        self.model.load(unet=weights)
         unet = self.model.unet
         self.model.diffusion.model.diffusion_model = nn.Identity()  # the caller's from now on, also on its device
         return unet
 
     def to_images(self, samples: Tensor) -> Tensor:
         return self.sampler.decode(samples)
+
+    def image_text(self, index: int) -> dict[str, str]:
+        return {}
 
     def finish(self, folder: RunFolder, *, changed: bool) -> None:
         if changed or not folder.has_array(self.images):

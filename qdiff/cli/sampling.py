@@ -26,7 +26,7 @@ from qdiff.cli.pipeline import (
     remove_progress,
     room_needed,
 )
-from qdiff.cli.run_folder import RunFolder, check_room
+from qdiff.cli.run_folder import Layout, RunFolder, check_room
 from qdiff.inference import NoiseModel, prepare
 from qdiff.workers import WORKERS
 
@@ -65,6 +65,8 @@ class SamplingTask(Protocol):
         architecture: ``section.key`` of these that decides the network's layers -> value.
         model_name: the folder below ``--logdir`` in which runs are made; empty for none.
         paths: flags that name files; they are recorded as absolute paths.
+        layout: where in the run folder what lies.
+        batch_flag: what the user lowers where memory is too small for a batch.
     """
 
     sampler: Sampler
@@ -74,6 +76,8 @@ class SamplingTask(Protocol):
     architecture: dict[str, Any]
     model_name: str
     paths: tuple[str, ...]
+    layout: Layout
+    batch_flag: str
 
     def plan(self, parser: Parser) -> QuantPlan:
         """How the network is to be quantized."""
@@ -94,6 +98,10 @@ class SamplingTask(Protocol):
         """What the sampler made -> N x C x H x W in [0, 1]."""
         ...
 
+    def image_text(self, index: int) -> Mapping[str, str]:
+        """What the file of an image says of it."""
+        ...
+
     def finish(self, folder: RunFolder, *, changed: bool) -> None:
         """After the last image: what is made of all of them. ``changed``: some of them are new."""
         ...
@@ -109,7 +117,7 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     plan = task.plan(parser) if args.ptq else None
     options = run_options(args, task, plan)
-    folder = RunFolder.find(args.logdir, options)
+    folder = RunFolder.find(args.logdir, options, task.layout)
     if plan is not None and folder is not None:
         plan = plan.continued_in(folder.path)
     calibrates = plan is not None and plan.calibrates
@@ -120,9 +128,9 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
     if plan is not None:
         model = quantized_model(model, plan)
     if calibrates:
-        check_room(args.logdir, room_needed(model))
+        check_room(args.logdir, room_needed(model), task.layout.flag)
     if WORKERS.rank == 0:
-        folder = folder or RunFolder.create(args.logdir, options, model_name=task.model_name)
+        folder = folder or RunFolder.create(args.logdir, options, model_name=task.model_name, layout=task.layout)
         folder.tidy()
     path = WORKERS.same(folder and folder.path)
     model = model.to(task.sampler.device)
@@ -181,18 +189,21 @@ def sample_images(model: nn.Module, task: SamplingTask, folder: RunFolder, args:
     missing, total = folder.missing_images(task.images), task.images
     done = total - len(missing)
     if folder.continued and missing:
-        logger.info("%d of %d images are there; going on at %06d", done, total, missing[0])
-    with lower_on_out_of_memory("--batch_size", task.batch_size), image_bar(total, done) as bar:
+        logger.info("%d of %d images are there; going on at %s", done, total, folder.number(missing[0]))
+    with lower_on_out_of_memory(task.batch_flag, task.batch_size), image_bar(total, done) as bar:
         predict = ready_to_sample(model, task.sampler, args, min(task.batch_size, len(missing)))
         sample = with_bar(task.sampler, predict, bar)
         for indices in batches(missing, task.batch_size):
-            folder.save_images(indices, task.to_images(sample(indices)))
+            folder.save_images(indices, task.to_images(sample(indices)), task.image_text)
             done += len(indices)
             bar.update(done - bar.n)  # the exact number, after fractions of it
     grid = folder.save_grid(total)
     task.finish(folder, changed=bool(missing))
+    folder.drop_images()
     if grid is not None:
-        logger.info("images 000000 to %06d in %s; %s shows the first", total - 1, folder.images, grid.name)
+        first, last = folder.number(0), folder.number(total - 1)
+        place = folder.images if task.layout.keep_images else f"{folder.path}, but not kept"
+        logger.info("images %s to %s in %s; %s shows the first", first, last, place, grid.name)
 
 
 def image_bar(total: int, done: int = 0) -> tqdm:

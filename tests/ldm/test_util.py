@@ -27,12 +27,6 @@ def test_other_targets_are_refused_before_anything_is_imported(target: str) -> N
     assert "this" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["FrozenCLIPEmbedder", "BERTEmbedder"])
-def test_text_encoders_are_announced(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}' is not in this version"):
-        instantiate_from_config({"target": f"ldm.modules.encoders.modules.{name}"}, "cond_stage_config")
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -21,6 +21,7 @@ CONFIGS = {
     "churches": "models/ldm/lsun_churches256/config.yaml",
     "cinv2": "configs/latent-diffusion/cin256-v2.yaml",
     "ffhq": "models/ldm/ffhq256/config.yaml",
+    "sd": "configs/stable-diffusion/v1-inference.yaml",
 }
 HAS_UNET = importlib.util.find_spec("ldm.modules.diffusionmodules.openaimodel") is not None
 
@@ -73,3 +74,21 @@ def test_whole_manifest_is_consumed(family: str) -> None:
 def test_config_beside_the_class_conditional_checkpoint_is_the_same() -> None:
     beside = load_model_config(REPOSITORY / "models/ldm/cin256-v2/config.yaml")
     assert beside == load_model_config(REPOSITORY / CONFIGS["cinv2"])
+
+
+def test_the_published_spelling_of_clip_names_is_consumed_too() -> None:
+    """A prefix more than current releases of transformers have, and a buffer of positions."""
+    content = golden_json("manifests/sd_latent_diffusion.json.gz")
+    if not content:
+        pytest.skip("no golden manifest here")
+    prefix = "cond_stage_model.transformer."
+    file = {}
+    for name, (shape, dtype) in manifest("sd").items():
+        spelt = f"{prefix}text_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+        file[spelt] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    file[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    model = build(load_model_config(REPOSITORY / CONFIGS["sd"]))
+    load_state(model, file)
+    del file[f"{prefix}text_model.encoder.layers.3.mlp.fc1.bias"]
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.fc1\.bias"):
+        load_state(model, file)

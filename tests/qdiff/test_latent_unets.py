@@ -296,3 +296,40 @@ def test_a_calibration_depends_on_the_code_of_attention_too() -> None:
     names = source_hashes(wrapped("transformer"))
     unet = {"ldm/modules/attention.py", "ldm/modules/diffusionmodules/openaimodel.py"}
     assert {name for name in names if name.startswith("ldm/")} == unet
+
+
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients() -> None:
+    """Only the boundaries of the parts of a transformer block are kept between forward and backward."""
+    qnn = with_grids("transformer")
+    qnn.learn_rounding()
+    unit = next(unit for unit in qnn.units() if unit.kind == "transformer block")
+    channels = unit.module.norm1.weight.numel()
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, channels, generator=draws)
+    context = torch.randn(2, 5, unit.module.attn2.to_k.weight.shape[1], generator=draws)
+    leaves = [q.alpha for layer in unit.layers() for q, _ in layer.weight_quantizers()]
+    leaves += [quantizer.delta for quantizer in unit.act_quantizers()]
+
+    def run(grad_ckpt: bool) -> tuple[Tensor, tuple[Tensor, ...], int]:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        qnn.set_grad_ckpt(grad_ckpt)
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = unit.module(x, context)
+            bytes_kept = sum(kept.values())
+        return out, torch.autograd.grad(out.square().sum(), leaves, allow_unused=True), bytes_kept
+
+    plain, plain_gradients, plain_bytes = run(False)
+    saving, saving_gradients, saving_bytes = run(True)
+    assert torch.equal(plain, saving)
+    assert sum(gradient is not None for gradient in plain_gradients) > len(leaves) // 2
+    for a, b in zip(plain_gradients, saving_gradients, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    assert saving_bytes < plain_bytes / 4

@@ -19,6 +19,7 @@ from ddim.unet import UNet
 from qdiff.cli import make_calibration_data, sample_ddim
 
 from .latent_models import LatentMiniature, make_miniature
+from .text_models import TextMiniature, make_text_miniature
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -135,3 +136,10 @@ def latent(tmp_path_factory) -> Callable[[str], LatentMiniature]:
     """The miniature latent model of a kind: ``beds``, ``churches`` or ``classes``; made when it is first asked for."""
     parent = tmp_path_factory.mktemp("latent")
     return functools.cache(lambda kind: make_miniature(kind, parent))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Callable[[str], TextMiniature]:
+    """The miniature text-to-image model of a kind: ``sd`` or ``laion``; made when it is first asked for."""
+    parent = tmp_path_factory.mktemp("text")
+    return functools.cache(lambda kind: make_text_miniature(kind, parent))

@@ -52,6 +52,29 @@ def test_layout_of_the_published_files(family):
     assert found.keys() == known.keys()
 
 
+def test_layout_of_the_published_stable_diffusion():
+    """The manifest has a current release's names of the text encoder; the published file a prefix and a buffer more."""
+    expected = golden_json("manifests/sd_latent_diffusion.json.gz")
+    if not expected:
+        pytest.skip("no golden manifest here")
+    draws = random_checkpoint(load_model_config(REPOSITORY / "configs/stable-diffusion/v1-inference.yaml"))
+    found = {name: (list(draw.shape), str(draw.dtype).removeprefix("torch.")) for name, draw in draws.items()}
+    prefix = "cond_stage_model.transformer."
+    known = {
+        f"{prefix}text_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: (shape, dtype)
+        for name, shape, dtype in expected["keys"]
+    }
+    known[f"{prefix}text_model.embeddings.position_ids"] = ([1, 77], "int64")
+    assert found == known
+
+
+def test_the_laion_model_is_drawn_too():
+    draws = random_checkpoint(load_model_config(REPOSITORY / "configs/latent-diffusion/txt2img-1p4B-eval.yaml"))
+    shapes = {name: draw.shape for name, draw in draws.items()}
+    assert shapes["cond_stage_model.transformer.attn_layers.layers.63.1.net.2.weight"] == (1280, 5120)
+    assert shapes["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 1280)
+
+
 @pytest.mark.parametrize("kind", ["beds", "churches", "classes"])
 def test_a_model_runs_on_it(tmp_path, kind):
     path = make(tmp_path, kind, "model.ckpt")

@@ -1,0 +1,195 @@
+"""Tokenizers of text encoders: transformers' own, read from a folder, from the hub's cache or from the hub.
+
+They are no part of a checkpoint. :func:`load_tokenizer` finds one, or says which files to put where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from ddim.config import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LOCAL_TOKENIZERS = REPOSITORY / "models" / "tokenizers"
+"""A folder in here, named as the last part of a name on the hub, is taken before the hub is asked."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+HUB_TIMEOUT_S = 5
+CLIP_MERGES = 49152 - 256 - 2  # what OpenAI's vocabulary of 49408 takes of its list of merges
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """What a tokenizer is read from.
+
+    Attributes:
+        class_name: in transformers.
+        files: sets of files, each of which is enough.
+    """
+
+    class_name: str
+    files: tuple[tuple[str, ...], ...]
+
+    def lies_in(self, folder: Path) -> bool:
+        return any(all((folder / name).is_file() for name in names) for names in self.files)
+
+    @property
+    def wanted(self) -> str:
+        return ", or ".join(" and ".join(names) for names in self.files)
+
+
+CLIP = TokenizerKind("CLIPTokenizer", (("vocab.json", "merges.txt"), ("tokenizer.json",)))
+BERT = TokenizerKind("BertTokenizerFast", (("vocab.txt",), ("tokenizer.json",)))
+
+
+class TokenizerError(ConfigError):
+    """No tokenizer is at hand; the message says which files to put where."""
+
+
+def load_tokenizer(kind: TokenizerKind, name: str, folder: str | Path | None = None) -> Any:
+    """A tokenizer of transformers.
+
+    Args:
+        name: on the hub, as ``openai/clip-vit-large-patch14``, or a folder.
+        folder: the only place to look at, where it is given.
+
+    Raises:
+        TokenizerError: none is there, or its files are damaged.
+    """
+    place = _local_folder(kind, name, folder)
+    transformers = import_transformers()
+    cls = getattr(transformers, kind.class_name)
+    if place is not None:
+        try:
+            return cls.from_pretrained(str(place), local_files_only=True)
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            raise TokenizerError(
+                f"{place}: its tokenizer cannot be read ({_reason(error)}); it needs {kind.wanted} of {name}"
+            ) from None
+    with _quiet():
+        for only_cached in (True, False):
+            try:
+                if not only_cached:
+                    _reach_hub()
+                return _complete(cls.from_pretrained(name, local_files_only=only_cached))
+            except Exception as error:  # no network, no such name, a broken cache: the remedy is the same
+                trouble = _reason(error)
+    raise TokenizerError(
+        f"the tokenizer of {name} is neither here nor to be had from the hub ({trouble}). Put {kind.wanted} of it into "
+        f"{_own_folder(name)}, or name a folder that has them with --tokenizer"
+    )
+
+
+def import_transformers() -> Any:
+    """The package, which is slow to import, so it is not before a text encoder is made.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"text encoders need the package transformers ({error}); pip install transformers") from None
+    return transformers
+
+
+def _local_folder(kind: TokenizerKind, name: str, folder: str | Path | None) -> Path | None:
+    """The folder to read from; None where the hub or its cache is left."""
+    if folder is not None:
+        if not kind.lies_in(Path(folder)):
+            raise TokenizerError(f"{folder}: holds no tokenizer of this model: {kind.wanted} of {name}")
+        return Path(folder)
+    return next((place for place in (Path(name), _own_folder(name)) if kind.lies_in(place)), None)
+
+
+def _own_folder(name: str) -> Path:
+    return LOCAL_TOKENIZERS / Path(name).name
+
+
+def _reach_hub() -> None:
+    """Fails within seconds where the hub cannot be reached; its own client tries again and again for minutes.
+
+    Raises:
+        OSError: there is no way to the hub, or none is to be taken.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    try:
+        requests.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except requests.RequestException:
+        raise OSError(f"{constants.ENDPOINT} cannot be reached") from None
+
+
+def _complete(tokenizer: Any) -> Any:
+    """Some versions make an empty tokenizer of a name whose files are not there."""
+    if len(tokenizer) < 10:
+        raise OSError("no vocabulary found")
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200].rstrip(" .")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The hub's client tells of every try; the one error at the end is enough."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def clip_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's tokens in their order: single bytes, the same at the end of a word, what each merge makes, both marks.
+
+    Byte-pair encoding as in Radford et al. 2021 (CLIP), section 2.4; bytes are written as printable characters, those
+    that have none as characters from 256 on, as GPT-2 did.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    characters = [chr(code) for code in printable] + [chr(256 + number) for number in range(others)]
+    tokens = [*characters, *(f"{character}</w>" for character in characters)]
+    tokens += ["".join(pair) for pair in merges]
+    return {token: number for number, token in enumerate([*tokens, START, END])}
+
+
+def write_clip_tokenizer(folder: str | Path, merges: Sequence[tuple[str, str]]) -> None:
+    """``vocab.json`` and ``merges.txt``, from which transformers reads a CLIP tokenizer.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges), ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_merges(text: str, count: int = CLIP_MERGES) -> list[tuple[str, str]]:
+    """The first ``count`` merges of a list as OpenAI published it: a heading, then two pieces a line.
+
+    Raises:
+        ValueError: fewer lines, or lines of another kind.
+    """
+    lines = text.split("\n")[1 : count + 1]
+    pairs = [tuple(line.split()) for line in lines]
+    if len(pairs) < count or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"expected a heading and {count} lines of two pieces each")
+    return pairs

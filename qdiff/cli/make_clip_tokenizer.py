@@ -1,0 +1,69 @@
+"""Write CLIP's tokenizer from the vocabulary that OpenAI published, for machines from which the hub is not reached."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.modules.encoders.tokenizers import LOCAL_TOKENIZERS, read_merges, write_clip_tokenizer
+from qdiff.cli.errors import UserError, exit_on_error
+from qdiff.cli.flags import Parser, check_file
+
+PROGRAM = "make_clip_tokenizer.py"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+DEFAULT_OUT = LOCAL_TOKENIZERS / "clip-vit-large-patch14"
+EXAMPLES = """\
+example: the vocabulary is in the wheel of open_clip_torch, of which nothing else is needed
+  pip download --no-deps -d /tmp open_clip_torch
+  python scripts/make_clip_tokenizer.py /tmp/open_clip_torch-*.whl
+"""
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Write vocab.json and merges.txt of CLIP's tokenizer, where scripts/txt2img.py looks for them.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("source", metavar="FILE", help=f"{VOCABULARY}, or a wheel that holds it")
+    parser.add_argument("--out", default=str(DEFAULT_OUT), metavar="DIR", help="the folder to write to")
+    parser.add_argument("--verbose", action="store_true", help="tracebacks with errors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exits with status 2 and one line where its input is wrong."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_file(parser, args, "source", "open_clip_torch's wheel has it")
+    with exit_on_error(PROGRAM, verbose=args.verbose):
+        print(run(args))
+    return 0
+
+
+def run(args: argparse.Namespace) -> str:
+    """Write the folder; returns what to tell."""
+    merges = merges_in(Path(args.source))
+    write_clip_tokenizer(args.out, merges)
+    return f"{args.out}: CLIP's tokenizer, {len(merges)} merges"
+
+
+def merges_in(source: Path) -> list[tuple[str, str]]:
+    """The merges in OpenAI's file or in a wheel.
+
+    Raises:
+        UserError: the file is of another kind or damaged.
+    """
+    try:
+        packed = source.read_bytes()
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as wheel:
+                packed = wheel.read(next(name for name in wheel.namelist() if Path(name).name == VOCABULARY))
+        return read_merges(gzip.decompress(packed).decode("utf-8"))
+    except StopIteration:
+        raise UserError(f"{source}: holds no {VOCABULARY}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+        raise UserError(f"{source}: is not {VOCABULARY} nor a wheel with it, or damaged ({error})") from None
