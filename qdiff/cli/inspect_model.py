@@ -48,6 +48,7 @@ from qdiff.evaluation.inspection import (
     estimate_errors,
     layer_sensitivities,
     observe_activations,
+    quantized_one_at_a_time,
     read_unit_losses,
     trajectory_errors,
 )
@@ -288,7 +289,7 @@ def inspect(args: argparse.Namespace, subject: Subject) -> Found:
         quantize(args, model, data, device)
     with _doing("ranges by timestep"):
         activations = observe_activations(model, inputs, cuts, batch_size=batch)
-    with tqdm(desc="one layer at a time", unit=" layers", total=len(model.layers())) as bar:
+    with tqdm(desc="one layer at a time", unit=" layers", total=len(quantized_one_at_a_time(model))) as bar:
         few = inputs.first(args.sensitivity_n)
         sensitivities = layer_sensitivities(model, few, batch_size=batch, on_layer=lambda _: bar.update())
     with _doing("errors of the estimate"):

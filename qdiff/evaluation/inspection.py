@@ -216,18 +216,25 @@ def layer_sensitivities(
                 setattr(module, flag, False)
 
         found = []
-        for path, module in model.model.named_modules():
-            acts = model.config.quant_act
+        for path, module in quantized_one_at_a_time(model):
             if isinstance(module, QuantModule):
-                activation = error(module, "use_act_quant") if acts else None
+                activation = error(module, "use_act_quant") if model.config.quant_act else None
                 found.append(Sensitivity(path, "layer", error(module, "use_weight_quant"), activation))
-            elif acts and isinstance(module, BaseQuantBlock) and module.attention_quantizers():
-                found.append(Sensitivity(path, "products", None, error(module, "use_act_quant")))
             else:
-                continue
+                found.append(Sensitivity(path, "products", None, error(module, "use_act_quant")))
             if on_layer is not None:
                 on_layer(path)
     return found
+
+
+def quantized_one_at_a_time(model: QuantModel) -> list[tuple[str, nn.Module]]:
+    """What :func:`layer_sensitivities` goes through, by path: layers, and blocks for the products of their attention."""
+    return [
+        (path, module)
+        for path, module in model.model.named_modules()
+        if isinstance(module, QuantModule)
+        or (model.config.quant_act and isinstance(module, BaseQuantBlock) and module.attention_quantizers())
+    ]
 
 
 def relative_error(inputs: Inputs, output: Tensor, full: Tensor) -> Tensor:
