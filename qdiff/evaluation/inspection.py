@@ -228,7 +228,7 @@ def layer_sensitivities(
 
 
 def quantized_one_at_a_time(model: QuantModel) -> list[tuple[str, nn.Module]]:
-    """What :func:`layer_sensitivities` goes through, by path: layers, and blocks for the products of their attention."""
+    """What :func:`layer_sensitivities` goes through, by path: layers, and blocks for their attention products."""
     return [
         (path, module)
         for path, module in model.model.named_modules()
