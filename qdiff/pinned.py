@@ -1,7 +1,7 @@
 """Host memory that a GPU can read and write by itself: taken once, given out in pieces.
 
-Pinning memory costs about as much time as filling it, and memory that is not pinned is copied to a GPU several times
-more slowly. A calibration puts other data there for every unit, so it takes its share of the host once.
+A calibration puts other data there for every unit. Pinning takes time of its own, so its share of the host is pinned
+once.
 """
 
 from __future__ import annotations
