@@ -23,13 +23,12 @@ from qdiff.calibrate import calibrate
 from qdiff.calibration_data import load_calibration_set
 from qdiff.checkpoint import packed_bytes, read_info
 from qdiff.cli import make_calibration_data, sample_ddim
-from qdiff.cli.demonstration import Row, command, comparison, measured, quoted, say
+from qdiff.cli.demonstration import Row, command, comparison, measured, quoted, say, show
 from qdiff.config import CalibrationConfig
 from qdiff.evaluation.image_sets import load_image_set
 from qdiff.evaluation.sampling import sample_images
 from qdiff.evaluation.variants import (
     HeldOutInputs,
-    comparison_picture,
     from_packed,
     full_precision,
     held_out_inputs,
@@ -109,14 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(CONFIG)
     rows = compare(config, calibration_set, packed, next(resumed.glob("samples/*/img")), options, args.images)
     table = summary(rows)
-    comparison_picture(
-        {row.label: row.images for row in rows},
-        args.out / "comparison.png",
-        title=f"Fashion-MNIST, {TIMESTEPS} steps, the same noise in a column",
-    )
-    (args.out / "comparison.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n")
-    print(f"The images: {args.out / 'comparison.png'}   ({time.perf_counter() - started:.0f} s)")
+    show(rows, table, args.out, title=f"Fashion-MNIST, {TIMESTEPS} steps, the same noise in a column", started=started)
 
 
 def compare(

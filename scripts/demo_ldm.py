@@ -24,12 +24,11 @@ from qdiff.calibrate import calibrate
 from qdiff.checkpoint import packed_bytes, read_info
 from qdiff.cli import make_calibration_data, sample_ldm
 from qdiff.cli.bundles import BUNDLES, LatentBundle
-from qdiff.cli.demonstration import Row, command, comparison, measured, quoted, say
+from qdiff.cli.demonstration import Row, command, comparison, measured, quoted, say, show
 from qdiff.cli.errors import exit_on_error
 from qdiff.cli.flags import Help, at_least
 from qdiff.config import CalibrationConfig
 from qdiff.evaluation.image_sets import load_image_set
-from qdiff.evaluation.variants import comparison_picture
 from qdiff.quant_model import QuantModel
 
 PROGRAM = "demo_ldm.py"
@@ -116,14 +115,7 @@ def demonstrate(bundle: LatentBundle, args: argparse.Namespace) -> None:
     say("5. The same noise through full precision, plain rounding and all calibrations")
     rows = compare(bundle, calibration_set, packed, next(resumed.glob("*/samples/*/img")), options, args.images)
     table = summary(rows, bundle)
-    comparison_picture(
-        {row.label: row.images for row in rows},
-        args.out / "comparison.png",
-        title=f"{TIMESTEPS} {bundle.steps_are}, the same noise in a column",
-    )
-    (args.out / "comparison.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n")
-    print(f"The images: {args.out / 'comparison.png'}   ({time.perf_counter() - started:.0f} s)")
+    show(rows, table, args.out, title=f"{TIMESTEPS} {bundle.steps_are}, the same noise in a column", started=started)
 
 
 def compare(

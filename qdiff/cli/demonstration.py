@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qdiff.evaluation.image_metrics import psnr
-from qdiff.evaluation.variants import HeldOutInputs, markdown_table, seconds_per_step
+from qdiff.evaluation.variants import HeldOutInputs, comparison_picture, markdown_table, seconds_per_step
 
 ROWS_A_STEP = 32  # of the network's batch, whose time is measured
 
@@ -65,6 +66,19 @@ def comparison(rows: list[Row], *, batch: str, closing: str) -> list[str]:
     header = ["variant", "model size", "output error", "PSNR to full precision", f"a step of {batch}"]
     text = [markdown_table(header, lines), "", closing]
     return text + [sentence for row in calibrated if (sentence := where_worse(row, nearest, full))]
+
+
+def show(rows: list[Row], table: str, folder: Path, *, title: str, started: float) -> None:
+    """Write picture and table into a folder, and print the table and where the picture is.
+
+    Args:
+        started: of the demo, on ``time.perf_counter``.
+    """
+    picture = folder / "comparison.png"
+    comparison_picture({row.label: row.images for row in rows}, picture, title=title)
+    (folder / "comparison.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n")
+    print(f"The images: {picture}   ({time.perf_counter() - started:.0f} s)")
 
 
 def where_worse(row: Row, nearest: Row, full: Row) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -488,6 +489,19 @@ def check_file(parser: Parser, args: argparse.Namespace, dest: str, remedy: str)
     if path is not None and not Path(path).is_file():
         what = "is a folder, not a file" if Path(path).is_dir() else "no such file"
         parser.error(f"{parser.flag(dest)} {path}: {what}; {remedy}")
+
+
+def check_out(parser: Parser, args: argparse.Namespace) -> None:
+    """``--out`` must be a file that can be written, and a new one without ``--force``."""
+    out = Path(args.out)
+    if out.is_dir():
+        parser.error(f"--out {out}: is a folder; name a file")
+    if out.exists() and not args.force:
+        parser.error(f"--out {out}: exists already; --force replaces it")
+    if not out.absolute().parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    if not os.access(out.absolute().parent, os.W_OK):
+        parser.error(f"--out {out}: the folder cannot be written to; choose another place")
 
 
 def _said(parser: Parser, args: argparse.Namespace, dest: str) -> str:

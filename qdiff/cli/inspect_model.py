@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from qdiff.cli.flags import (
     add_selection_flags,
     at_least,
     check_file,
+    check_out,
     resolve_device,
 )
 from qdiff.cli.make_calibration_data import add_kinds_of_model, check_kind_of_model
@@ -131,15 +131,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         for name in NEEDS_QUANT_ACT:
             if name in args.given:
                 parser.error(f"{parser.flag(name)} needs --quant_act, without which activations are in full")
-    out = Path(args.out)
-    if out.is_dir():
-        parser.error(f"--out {out}: is a folder; name a file")
-    if out.exists() and not args.force:
-        parser.error(f"--out {out}: exists already; --force replaces it")
-    if not out.absolute().parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    if not os.access(out.absolute().parent, os.W_OK):
-        parser.error(f"--out {out}: the folder cannot be written to; choose another place")
+    check_out(parser, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

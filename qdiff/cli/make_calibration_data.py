@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ddim.config import load_config
 from qdiff.calibration_data import make_calibration_set, save_calibration_set
 from qdiff.cli import latent, pixel, text
 from qdiff.cli.errors import exit_on_error, lower_on_out_of_memory
-from qdiff.cli.flags import Parser, add_common_flags, at_least, real, resolve_device
+from qdiff.cli.flags import Parser, add_common_flags, at_least, check_out, real, resolve_device
 from qdiff.cli.sampling import Sampler, image_bar, with_bar
 
 PROGRAM = "make_calibration_data.py"
@@ -116,15 +115,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     check_kind_of_model(parser, args)
     if args.cali_n is not None and "n_samples" in args.given and args.cali_n > args.n_samples:
         parser.error(f"--cali_n {args.cali_n}: more than the --n_samples {args.n_samples} that are made")
-    out = Path(args.out)
-    if out.is_dir():
-        parser.error(f"--out {out}: is a folder; name a file")
-    if out.exists() and not args.force:
-        parser.error(f"--out {out}: exists already; --force replaces it")
-    if not out.absolute().parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    if not os.access(out.absolute().parent, os.W_OK):
-        parser.error(f"--out {out}: the folder cannot be written to; choose another place")
+    check_out(parser, args)
 
 
 def kind_of(args: argparse.Namespace) -> str | None:
