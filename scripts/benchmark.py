@@ -819,7 +819,8 @@ def benchmark_scaling(args: Any) -> Result:
         "samples": [(args.cali_st * n, {"samples": n}) for n in (max(1, round(s * args.cali_n)) for s in SHARES)],
         "units": [(n, {"units": n}) for n in (max(1, round(s * units)) for s in SHARES)],
     }
-    run_calibration(args, started=time.perf_counter(), units=1)  # not counted: loads libraries
+    few = {"iters": min(args.iters, 20), "iters_a": min(args.iters_a, 20)}
+    run_calibration(args, started=time.perf_counter(), **few)  # not counted: loads libraries, compiles kernels
     facts: dict[str, Any] = {}
     lines = []
     for axis, points in axes.items():
