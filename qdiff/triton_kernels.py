@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 1024  # of a flat tensor that one program works on
+_FAR_ELEMENTS, _FAR_PROGRAMS = 8192, 16  # the same where rows come over the bus: in flight are 16 x 16 KiB in float16
 _NORM_WHOLE = 1024  # of one group's values that are normalised by one program
 _NORM_ROWS, _NORM_WIDTH = 128, 32  # positions and channels that one program works on otherwise
 
@@ -348,22 +349,31 @@ def group_norm_backward(
 
 
 @triton.jit
-def _gather_kernel(
-    near, far, draws, counter, out, rows_near, batch, row, ahead, last, FAR: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gather_kernel(near, draws, counter, out, batch, row, ahead, last, BLOCK: tl.constexpr):
     b = tl.program_id(1)
     iteration = tl.minimum(tl.load(counter) + ahead, last)
     which = tl.load(draws + iteration * batch + b)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < row
-    if FAR:
+    v = tl.load(near + which * row + at, mask=mask)
+    tl.store(out + b.to(tl.int64) * row + at, v.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows_near", "ahead", "last", "blocks", "tasks"])
+def _gather_far_kernel(
+    near, far, draws, counter, out, rows_near, batch, row, ahead, last, blocks, tasks, BLOCK: tl.constexpr
+):
+    iteration = tl.minimum(tl.load(counter) + ahead, last)
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        b = task // blocks
+        which = tl.load(draws + iteration * batch + b)
+        at = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < row
         if which < rows_near:
             v = tl.load(near + which * row + at, mask=mask)
         else:
             v = tl.load(far + (which - rows_near) * row + at, mask=mask)
-    else:
-        v = tl.load(near + which * row + at, mask=mask)
-    tl.store(out + b.to(tl.int64) * row + at, v.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + b.to(tl.int64) * row + at, v.to(out.dtype.element_ty), mask=mask)
 
 
 def gather_rows(
@@ -372,14 +382,20 @@ def gather_rows(
     """out[b] = source[draws[counter + ahead, b]]: rows of M x L into batch x L, converted to the type of ``out``.
 
     Args:
-        near, far: the source's first rows, on the device, and the rows that follow, in pinned host memory.
+        near, far: the source's first rows, on the device, and the rows that follow, in pinned host memory. Those come
+            at the speed of the bus, which a few programs are enough for; more of them would only take the place of
+            whatever computes meanwhile.
         ahead: which iteration's rows, from the current one; beyond the last one the last one's.
     """
     batch, row = out.shape
-    block = _ELEMENTS
-    _gather_kernel[(triton.cdiv(row, block), batch)](
-        near, near if far is None else far, draws, counter, out, len(near), batch, row, ahead, len(draws) - 1,
-        FAR=far is not None, BLOCK=block,
+    if far is None:
+        grid = triton.cdiv(row, _ELEMENTS), batch
+        _gather_kernel[grid](near, draws, counter, out, batch, row, ahead, len(draws) - 1, BLOCK=_ELEMENTS)
+        return
+    blocks = triton.cdiv(row, _FAR_ELEMENTS)
+    _gather_far_kernel[(min(_FAR_PROGRAMS, batch * blocks),)](
+        near, far, draws, counter, out, len(near), batch, row, ahead, len(draws) - 1, blocks, batch * blocks,
+        BLOCK=_FAR_ELEMENTS, num_warps=8,
     )  # fmt: skip
 
 

@@ -144,6 +144,24 @@ def test_batches_and_their_loss(p: float) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("length", [7, 9000])  # of a row: less than what one program takes at once, and more
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_batches_from_two_places(length: int, dtype: torch.dtype) -> None:
+    """The first rows on the device, the others in host memory; a batch with rows of both, more tasks than programs."""
+    from qdiff import triton_kernels
+
+    rows = torch.randn(9, length).to(dtype)
+    near, far = rows[:4].to(DEVICE), rows[4:].clone()
+    far = far.pin_memory() if DEVICE.type == "cuda" else far
+    draws = torch.stack([torch.arange(30) % 9, torch.arange(30).flip(0) % 9]).to(DEVICE)
+    counter = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    for ahead, iteration in ((0, 0), (1, 1), (2, 1)):  # beyond the last one it is the last
+        out = torch.full((30, length), float("nan"), device=DEVICE)
+        triton_kernels.gather_rows(near, draws, counter, out, far=far, ahead=ahead)
+        assert torch.equal(out.cpu(), rows[draws[iteration].cpu()].float())
+
+
+@needs_kernels
 @pytest.mark.parametrize("path", ["up.0.block.0", "mid.attn_1"])
 def test_units_learn_the_same_with_kernels(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole optimisation, split shortcut and regulariser included."""
