@@ -53,7 +53,8 @@ class UnitData:
         """A batch, the given rows of inputs and target, in float32 on ``device``."""
         index = index.cpu()
         pairs = zip((*self.inputs, self.target), self._tail_tensors(), strict=True)
-        *inputs, target = (_pick(head, tail, index, device) for head, tail in pairs)
+        direct = device.type == "cuda" and self.tail is not None and self.tail.pinned
+        *inputs, target = (_pick(head, tail, index, device, direct=direct) for head, tail in pairs)
         return tuple(inputs), target
 
     def _tail_tensors(self) -> tuple[Tensor | None, ...]:
@@ -67,7 +68,8 @@ class UnitData:
         return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device), self.tail, t=t)
 
 
-def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device) -> Tensor:
+def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device, *, direct: bool = False) -> Tensor:
+    """Rows of both parts together, on ``device``, in float32; ``direct``: the tail's one by one, with no copy before."""
     if tail is None or bool((index < len(head)).all()):
         rows = head.index_select(0, index.to(head.device)).to(device)
     else:
@@ -77,7 +79,11 @@ def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device
         rows = torch.empty(shape, dtype=head.dtype, device=device, memory_format=form)
         for part, there, offset in ((head, mine, 0), (tail, ~mine, len(head))):
             where = there.nonzero().squeeze(1)
-            rows[where.to(device)] = part.index_select(0, (index[where] - offset).to(part.device)).to(device)
+            if direct and part is tail:
+                for place, row in zip(where.tolist(), (index[where] - offset).tolist(), strict=True):
+                    rows[place].copy_(tail[row], non_blocking=True)  # in order with what reads it
+            else:
+                rows[where.to(device)] = part.index_select(0, (index[where] - offset).to(part.device)).to(device)
     return rows.float() if rows.is_floating_point() else rows
 
 
@@ -129,6 +135,18 @@ class Frontier:
             return
         self._starts = [_once_each(start, lambda x: shelf.rounded(x).cpu()) for start in starts]
         self._flows = list(self._starts)
+
+    def waiting(self) -> Iterator[Tensor]:
+        """Every tensor that waits, as often as it is waited for."""
+        tensors: list[Tensor] = []
+        for flow in self._flows:
+            if flow is not None:
+                flow.map(lambda x: tensors.append(x) or x)
+        return iter(tensors)
+
+    def replace(self, others: dict[int, Tensor]) -> None:
+        """Let other tensors wait in the place of some, by ``id``."""
+        self._flows = [flow if flow is None else flow.map(lambda x: others.get(id(x), x)) for flow in self._flows]
 
     @property
     def flows(self) -> Iterator[Any]:
@@ -287,7 +305,8 @@ class PairedCapture:
     def stages(self) -> Iterator[Any]:
         """Every stage with units in it, in order; the capture moves on when the next one is asked for."""
         for stage in self.qnn.model.stages():
-            if self.qnn.units_of(stage):
+            if units := self.qnn.units_of(stage):
+                self._make_room(max(self.memory.far_bytes(unit.path) for unit in units))
                 yield stage
             with self.qnn.quant_state(True, self.act_quant):
                 self._quantized.advance(stage)
@@ -295,6 +314,16 @@ class PairedCapture:
                 with self.qnn.quant_state(False, False):
                     self._full.advance(stage)
             self._full_is_ahead = False
+
+    def _make_room(self, size: int) -> None:
+        """See to it that a unit's rows find a stretch of pinned memory where there is room but in pieces."""
+        arena = self._storage.arena
+        if arena is None or arena.longest >= size or arena.free_bytes < size:
+            return
+        frontiers = (self._quantized, self._full)
+        moved = arena.moved_together([x for frontier in frontiers for x in frontier.waiting() if arena.holds(x)])
+        for frontier in frontiers:
+            frontier.replace(moved)
 
     def targets(self, stage: Any) -> dict[str, Collector]:
         """Full-precision outputs of all units of a stage, in one sweep. Can be asked for once."""

@@ -7,14 +7,24 @@ once.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import math
+import mmap
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 512  # bytes: no two pieces share a page of what a GPU transfers at once
+
+
+@dataclass(frozen=True)
+class _Piece:
+    size: int
+    end: weakref.finalize  # gives it back
 
 
 class Arena:
@@ -32,17 +42,23 @@ class Arena:
 
     def __init__(self, size: int, *, pinned: bool = True):
         self.size = size - size % ALIGNMENT
-        self._memory = torch.empty(self.size, dtype=torch.uint8)
+        self._memory = _in_large_pages(self.size)
         if pinned and self.size:
             runtime = torch.cuda.cudart()
             torch.cuda.check_error(int(runtime.cudaHostRegister(self._memory.data_ptr(), self.size, 0)))
             weakref.finalize(self._memory, runtime.cudaHostUnregister, self._memory.data_ptr()).atexit = False
         self._free = [(0, self.size)] if self.size else []  # offset and length, in order, never two that touch
+        self._pieces: dict[int, _Piece] = {}  # by offset
 
     @property
     def free_bytes(self) -> int:
         """All that is free, in however many stretches."""
         return sum(length for _, length in self._free)
+
+    @property
+    def longest(self) -> int:
+        """The longest stretch that is free."""
+        return max((length for _, length in self._free), default=0)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, from_top: bool = False) -> Tensor | None:
         """A contiguous tensor, not initialised; None where no free stretch is long enough.
@@ -58,10 +74,7 @@ class Arena:
         offset = self._take(size, from_top=from_top)
         if offset is None:
             return None
-        # Torch holds on to the buffer as long as a tensor's storage lives, and the buffer is what gives the piece back.
-        buffer = (ctypes.c_char * size).from_address(self._memory.data_ptr() + offset)
-        weakref.finalize(buffer, self._give_back, offset, size).atexit = False
-        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+        return self._piece(offset, size, dtype, count).view(shape)
 
     def holds(self, x: Tensor) -> bool:
         """Whether a tensor is a piece of this arena."""
@@ -74,6 +87,47 @@ class Arena:
             return x
         flat = self.empty((x.numel(),), x.dtype)  # the lowest
         return torch.as_strided(flat, x.shape, x.stride()).copy_(x)
+
+    def moved_together(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Move whole pieces as low as they go, so that what is free between them becomes one stretch above.
+
+        Args:
+            tensors: on pieces of this arena; the only ones that are left on them. They must not be used afterwards.
+
+        Returns:
+            what takes the place of each, by ``id``.
+        """
+        moved: dict[int, Tensor] = {}
+        places: dict[int, Tensor] = {}  # the flat tensor on the piece that was at an offset
+        base = self._memory.data_ptr()
+        for x in sorted(tensors, key=Tensor.data_ptr):
+            offset = x.data_ptr() - base
+            if offset not in places:
+                places[offset] = self._moved(offset, x.dtype)
+            moved[id(x)] = torch.as_strided(places[offset], x.shape, x.stride())
+        return moved
+
+    def _moved(self, offset: int, dtype: torch.dtype) -> Tensor:
+        piece = self._pieces.pop(offset)
+        piece.end.detach()  # what is on the piece now no longer has a say
+        self._give_back(offset, piece.size)
+        number = next(i for i, (_, length) in enumerate(self._free) if length >= piece.size)  # at most where it was
+        target, length = self._free[number]
+        self._free[number : number + 1] = [(target + piece.size, length - piece.size)] * (length > piece.size)
+        base = self._memory.data_ptr()
+        ctypes.memmove(base + target, base + offset, piece.size)  # the two may overlap
+        return self._piece(target, piece.size, dtype, piece.size // dtype.itemsize)
+
+    def _piece(self, offset: int, size: int, dtype: torch.dtype, count: int) -> Tensor:
+        # Torch holds on to the buffer as long as a tensor's storage lives, and the buffer is what gives the piece back.
+        buffer = (ctypes.c_char * size).from_address(self._memory.data_ptr() + offset)
+        end = weakref.finalize(buffer, self._end, offset)
+        end.atexit = False
+        self._pieces[offset] = _Piece(size, end)
+        return torch.frombuffer(buffer, dtype=dtype, count=count)
+
+    def _end(self, offset: int) -> None:
+        self._give_back(offset, self._pieces.pop(offset).size)
 
     def _take(self, size: int, *, from_top: bool) -> int | None:
         places = reversed(range(len(self._free))) if from_top else range(len(self._free))
@@ -94,3 +148,13 @@ class Arena:
             place -= 1
             offset = self._free.pop(place)[0]
         self._free.insert(place, (offset, end - offset))
+
+
+def _in_large_pages(size: int) -> Tensor:
+    """Bytes of host memory, in large pages where the system has them: of those it hands out many more at once."""
+    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

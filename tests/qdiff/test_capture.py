@@ -14,6 +14,7 @@ from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.config import QuantConfig
 from qdiff.graphs import holding_garbage
 from qdiff.memory import Kept, measure
+from qdiff.pinned import Arena
 from qdiff.places import Collector, Shelf
 from qdiff.quant_model import QuantModel
 
@@ -236,6 +237,49 @@ def test_data_go_with_their_unit() -> None:
         gone = [weakref.ref(x) for x in (data, data.target, *data.inputs)]
         del data
         assert all(reference() is None for reference in gone)
+
+
+def test_features_make_room_for_a_units_rows() -> None:
+    """They move together where the arena has room but in pieces; what reaches the units stays the same."""
+    qnn, inputs = with_grids(QuantConfig(4, split=True)), noisy_inputs(6)
+    expected = observed(qnn, inputs, 2, True, False)
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=2)
+    arena = capture._storage.arena = Arena(2**20, pinned=False)
+    settled = 0
+    for stage in capture.stages():
+        for unit in qnn.units_of(stage):
+            assert_same(rows(capture.inputs(unit)), expected[unit.path][0], unit.path)
+        tensors = {id(x): x for frontier in (capture._quantized, capture._full) for x in frontier.waiting()}
+        moved, gaps = {}, []
+        for key, x in tensors.items():  # as on a GPU: into the arena, here with a gap after each
+            moved[key] = x if arena.holds(x) else laid_out_like(arena, x)
+            gaps.append(arena.empty((512,), torch.uint8))
+        tensors.clear()
+        capture._quantized.replace(moved), capture._full.replace(moved)
+        moved.clear(), gaps.clear()
+        if arena.longest < arena.free_bytes:
+            capture._make_room(arena.longest + 1)
+            assert arena.longest == arena.free_bytes
+            settled += 1
+    assert settled > 10
+
+
+def laid_out_like(arena: Arena, x: Tensor) -> Tensor:
+    return torch.as_strided(arena.empty((x.numel(),), x.dtype), x.shape, x.stride()).copy_(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_in_two_places_on_a_gpu() -> None:
+    """A batch of rows of the device and of pinned memory is what it is of one tensor."""
+    device, x = torch.device("cuda"), torch.randn(9, 6, 2, 2).half()
+    tail = UnitData((x[4:].pin_memory(),), x[4:].pin_memory(), pinned=True)
+    data = UnitData((x[:4].to(device),), x[:4].to(device), tail)
+    index = torch.tensor([8, 0, 3, 4, 8])
+    (got,), target = data.rows(index, device)
+    assert got.device.type == "cuda"
+    assert torch.equal(got.cpu(), x[index].float())
+    assert torch.equal(target, got)
 
 
 @pytest.mark.gpu

@@ -77,6 +77,30 @@ def test_a_piece_moves_down() -> None:
     assert piece(mine, 3) is not None
 
 
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=12), st.data())
+def test_pieces_move_together(sizes: list[tuple[int, bool]], data: st.DataObject) -> None:
+    """What is free is one stretch then; every piece, and whatever looks at it, is what it was."""
+    mine = arena(40)
+    top = piece(mine, 2, from_top=True).fill_(255)  # not one of those that move
+    held = [mine.empty((n * 64, 4), torch.float16).fill_(i) for i, (n, _) in enumerate(sizes)]
+    held = [x for x, (_, stays) in zip(held, sizes, strict=True) if stays]
+    seen = [(x.view(4, -1).t(), x[0, 0].item()) for x in held]
+    tensors = data.draw(st.permutations([*held, *(view for view, _ in seen)]))
+    before = [(x.shape, x.stride(), x.clone()) for x in tensors]
+    moved = mine.moved_together(tensors)
+    after = [moved[id(x)] for x in tensors]
+    held.clear(), seen.clear(), tensors.clear(), moved.clear()
+    for (shape, stride, content), x in zip(before, after, strict=True):
+        assert (x.shape, x.stride()) == (shape, stride)
+        assert torch.equal(x, content)
+    used = sum(n for n, stays in sizes if stays)
+    assert mine.longest == mine.free_bytes == (38 - used) * ALIGNMENT
+    assert bool((top == 255).all())
+    x = None
+    after.clear()
+    assert mine.longest == 38 * ALIGNMENT
+
+
 def test_whose_pieces() -> None:
     mine, other = arena(2), arena(2)
     x = piece(mine, 2)
