@@ -69,7 +69,7 @@ class UnitData:
 
 
 def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device, *, direct: bool = False) -> Tensor:
-    """Rows of both parts together, on ``device``, in float32; ``direct``: the tail's one by one, with no copy before."""
+    """Rows of both parts together, on ``device``, in float32; ``direct``: the tail's one by one, not copied before."""
     if tail is None or bool((index < len(head)).all()):
         rows = head.index_select(0, index.to(head.device)).to(device)
     else:
