@@ -12,6 +12,7 @@ units that are there already are not learned again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -99,7 +100,13 @@ def calibrate(
     phases = learning_phases(qnn, mode=mode, weights_done=weights_done)
     tally = _Tally(len(qnn.units()) * len(phases), on_unit)
     device = next(qnn.parameters()).device
-    with evaluating(qnn), arithmetic(capturing(config), device), gpu_limit(budget, device):
+    budget = budget or MemoryBudget()
+    with (
+        evaluating(qnn),
+        arithmetic(capturing(config), device),
+        gpu_limit(budget, device),
+        contextlib.closing(budget.pool),
+    ):
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":
@@ -153,7 +160,7 @@ def _reconstruct(
     phase: Phase,
     tally: _Tally,
     progress: CalibrationProgress | None,
-    budget: MemoryBudget | None,
+    budget: MemoryBudget,
 ) -> None:
     """One phase over all units, in the order in which the network runs them."""
     units = qnn.units()
@@ -175,7 +182,7 @@ def _learn(
     config: CalibrationConfig,
     phase: Phase,
     wanted: list[Unit],
-    budget: MemoryBudget | None,
+    budget: MemoryBudget,
 ) -> Iterator[FinishedUnit]:
     """Reconstruct the wanted units, in network order, while the calibration set moves through all of them."""
     if not wanted:

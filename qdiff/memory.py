@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qdiff.pinned import Arena
+from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import Collector, Place, Shelf, compactable
 from qdiff.quant_model import QuantModel
 
@@ -43,6 +43,36 @@ class BudgetError(ValueError):
     """A budget too small for the calibration; the message names the flag to raise."""
 
 
+class PinnedPool:
+    """An arena that is used again where it is large enough: pinning takes seconds for every ten gigabytes."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are pinned."""
+        return 0 if self._arena is None else self._arena.size
+
+    def arena(self, size: int) -> Arena | None:
+        """Pinned memory, none of it in use; None for none.
+
+        Raises:
+            RuntimeError: the system does not give so much.
+        """
+        if not size:
+            return None
+        held = self._arena
+        if held is None or held.size < size - ALIGNMENT or held.free_bytes < held.size:
+            self._arena = held = None  # before there is another one
+            self._arena = Arena(size)
+        return self._arena
+
+    def close(self) -> None:
+        """Give it back, as soon as nothing lies there any more."""
+        self._arena = None
+
+
 @dataclass(frozen=True)
 class MemoryBudget:
     """What a calibration may take.
@@ -52,11 +82,13 @@ class MemoryBudget:
             free.
         host_bytes: for the whole process; None: most of what is free, for captured data.
         folder: for files of captured data, which are removed with the calibration; None: the system's temporary one.
+        pool: the pinned memory, which one phase leaves to the next.
     """
 
     gpu_bytes: int | None = None
     host_bytes: int | None = None
     folder: Path | None = None
+    pool: PinnedPool = field(default_factory=PinnedPool, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -185,7 +217,7 @@ class MemoryPlan:
     sizes: Sizes
     compact: bool
     on_gpu: bool
-    folder: Path | None = field(default=None)
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
 
     @classmethod
     def make(
@@ -232,7 +264,7 @@ class MemoryPlan:
                 sizes=sizes,
                 compact=compact,
                 on_gpu=on_gpu,
-                folder=budget.folder,
+                budget=budget,
             )
 
         if on_gpu and features + unit <= gpu:
@@ -372,7 +404,7 @@ class Storage:
     def __init__(self, plan: MemoryPlan):
         self.plan = plan
         try:
-            self.arena = Arena(plan.arena_bytes) if plan.arena_bytes else None
+            self.arena = plan.budget.pool.arena(plan.arena_bytes)
         except RuntimeError as error:
             raise BudgetError(
                 f"the system gives no {plan.arena_bytes / GIB:.1f} GiB of pinned memory ({error}); lower --cali_host_gb"
@@ -381,7 +413,7 @@ class Storage:
     def shelf(self) -> Shelf:
         """A place for one network's features."""
         plan = self.plan
-        return Shelf(plan.features, compact=plan.compact, folder=plan.folder, arena=self.arena)
+        return Shelf(plan.features, compact=plan.compact, folder=plan.budget.folder, arena=self.arena)
 
     def collector(self, unit: Any) -> Collector:
         """A place for a unit's inputs, or its outputs."""
@@ -391,7 +423,7 @@ class Storage:
             plan.gpu_rows(unit.path),
             compact=plan.compact,
             pinned=plan.far_bytes(unit.path) <= plan.unit_host_bytes,
-            folder=plan.folder,
+            folder=plan.budget.folder,
             arena=self.arena,
         )
 
@@ -399,8 +431,8 @@ class Storage:
 def _host_room(budget: MemoryBudget) -> int:
     """Bytes of host memory for captured data."""
     if budget.host_bytes is None:
-        return int(HOST_SHARE * free_host_bytes())
-    there = resident_bytes() + _LOADED_LATER
+        return int(HOST_SHARE * (free_host_bytes() + budget.pool.size))
+    there = resident_bytes() - budget.pool.size + _LOADED_LATER
     if there > budget.host_bytes:
         log.warning(
             "the process takes %.1f of the %.1f GiB of host memory allowed, without any captured data",

@@ -20,10 +20,12 @@ from qdiff.memory import (
     Kept,
     MemoryBudget,
     MemoryPlan,
+    PinnedPool,
     Sizes,
     connection_origins,
     measure,
 )
+from qdiff.pinned import Arena
 from qdiff.places import Collector, Shelf, mapped_empty, unpacked
 
 from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
@@ -162,6 +164,36 @@ def test_pinned_memory_that_is_not_to_be_had_is_an_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "Arena", refused)
     with pytest.raises(BudgetError, match=r"pinned memory .*out of memory.*--cali_host_gb"):
         memory.Storage(route_plan(660))
+
+
+def test_one_phase_leaves_its_pinned_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "Arena", lambda size: Arena(size, pinned=False))
+    pool = PinnedPool()
+    assert pool.arena(0) is None
+    first = pool.arena(2**20)
+    assert pool.arena(2**19) is first
+    assert pool.arena(2**20) is first
+    assert pool.size == first.size == 2**20
+    piece = first.empty((5,), torch.float32).fill_(3)
+    second = pool.arena(2**19)  # something lies in the first one still
+    assert second is not first
+    assert pool.size == 2**19
+    assert bool((piece == 3).all())
+    larger = pool.arena(2**20)
+    assert larger is not second
+    pool.close()
+    assert pool.size == 0
+
+
+def test_pinned_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in use by the process, and there for the next phase."""
+    monkeypatch.setattr(memory, "Arena", lambda size: Arena(size, pinned=False))
+    monkeypatch.setattr(memory, "_LOADED_LATER", 0)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 3 * 10**6 + limited.pool.size)
+    limited = MemoryBudget(host_bytes=5 * 10**6)
+    before = memory._host_room(limited)
+    limited.pool.arena(2**20)
+    assert memory._host_room(limited) == before == 2 * 10**6
 
 
 def test_connections_come_from_the_latest_stage_that_left_one() -> None:
