@@ -31,7 +31,7 @@ from qdiff.files import atomic_file, write_atomically
 from qdiff.output_scale import OutputScale
 from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizers import UniformAffineQuantizer
+from qdiff.quantizers import UniformAffineQuantizer, rounded_codes
 from qdiff.version import __version__
 
 FORMAT = "qdiff-packed"
@@ -247,8 +247,8 @@ def load_quantized(
         qnn: wrapped as the checkpoint was (:func:`read_info` says how); its quantization is on afterwards.
         quant_act: quantize activations too.
         weights_only: leave activation grids alone, whether or not the file has them (``--resume_w``).
-        keep_full_precision: the UNet holds the full-precision weights and needs them again, as targets. Packed files
-            replace the weights otherwise.
+        keep_full_precision: the UNet needs its full-precision weights again, as targets. For a packed file it has to
+            hold them already. Otherwise the quantized weights take their place, layer by layer.
         correct_scale: apply the output's correction of a packed file that has one; never with ``weights_only``, which
             is for calibrating further.
 
@@ -263,8 +263,7 @@ def load_quantized(
         if correct_scale and not weights_only and (scale := read_output_scale(path)) is not None:
             qnn.output_scale = scale.to(next(qnn.parameters()).device)
     else:
-        _load_published(path, qnn, quant_act=wants_act)
-        qnn.bake()
+        _load_published(path, qnn, quant_act=wants_act, keep_full_precision=keep_full_precision)
     qnn.set_quant_state(True, wants_act)
 
 
@@ -320,7 +319,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool) -> None:
+def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_precision: bool) -> None:
     state = read_state(path)
     weights = {name: tensor for name, tensor in state.items() if not _is_act_entry(name)}
     acts = {name: tensor for name, tensor in state.items() if _is_act_entry(name)}
@@ -328,14 +327,47 @@ def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool) -> None:
         raise CheckpointError(f"{path} is not a calibrated checkpoint; a full-precision one goes to --ckpt")
     if (info := read_info(path)) is not None:
         _check_config(path, info.quant, qnn.config, quant_act=quant_act)
-    qnn.learn_rounding()
-    expected = {name: tuple(tensor.shape) for name, tensor in qnn.state_dict().items() if not _is_act_entry(name)}
+    expected = _published_shapes(qnn)
     _check_split(path, weights, expected)
     _check_architecture(path, {name: tuple(tensor.shape) for name, tensor in weights.items()}, expected)
     _check_bits(path, qnn, weights)
     if quant_act:
         _check_act_entries(path, qnn, acts)
-    qnn.load_state_dict(weights | acts if quant_act else weights, strict=False)
+    if keep_full_precision:
+        qnn.learn_rounding()
+        qnn.load_state_dict(weights | acts if quant_act else weights, strict=False)
+        qnn.bake()
+        return
+    quantized = {f"model.{path}.weight" for path in qnn.layers()}
+    rest = {n: tensor for n, tensor in weights.items() if n not in quantized and ".weight_quantizer" not in n}
+    qnn.load_state_dict(rest | acts if quant_act else rest, strict=False)
+    _take_rounded(qnn, weights)
+
+
+def _published_shapes(qnn: QuantModel) -> dict[str, tuple]:
+    """Names and shapes of a published file's tensors, activations aside."""
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in qnn.state_dict().items()
+        if not _is_act_entry(name) and ".weight_quantizer" not in name
+    }
+    for path, layer in qnn.layers().items():
+        for (suffix, part), (quantizer, _) in zip(layer.parts(), layer.weight_quantizers(), strict=True):
+            name, grid = f"model.{path}.weight_quantizer{suffix}", tuple(quantizer.delta.shape)
+            shapes |= {f"{name}.alpha": tuple(part.shape), f"{name}.delta": grid, f"{name}.zero_point": grid}
+    return shapes
+
+
+def _take_rounded(qnn: QuantModel, weights: Mapping[str, Tensor]) -> None:
+    """Give every layer its quantized weights, one after the other: no second copy of all of them is ever there."""
+    for path, layer in qnn.layers().items():
+        parts = []
+        halves = layer.parts_of(weights[f"model.{path}.weight"])
+        for (suffix, part), (quantizer, _) in zip(halves, layer.weight_quantizers(), strict=True):
+            name = f"model.{path}.weight_quantizer{suffix}"
+            alpha, delta, zero_point = (weights[f"{name}.{entry}"] for entry in ("alpha", "delta", "zero_point"))
+            parts.append((rounded_codes(part, alpha, delta, zero_point, quantizer.bounds), delta, zero_point))
+        layer.load_codes(parts, keep_full_precision=False)
 
 
 def _check_split(path: Path, found: Iterable[str], expected: Iterable[str]) -> None:

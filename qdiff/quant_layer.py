@@ -59,7 +59,11 @@ class QuantModule(nn.Module):
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """``(suffix of the quantizers' names, slice of the weight)`` of every separately quantized part."""
-        yield "", self.weight
+        return self.parts_of(self.weight)
+
+    def parts_of(self, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The same of another weight of this layer's shape."""
+        yield "", weight
 
     def weight_quantizers(self) -> list[tuple[WeightQuantizer, Tensor]]:
         """Every weight quantizer with the slice of the weight it quantizes."""
@@ -192,9 +196,9 @@ class SplitQuantModule(QuantModule):
         self.weight_quantizer_0 = self._new_weight_quantizer(self.weight)
         self.act_quantizer_0 = UniformAffineQuantizer.from_config(self._act_config)
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield "", self.weight[:, : self.split_channels]
-        yield "_0", self.weight[:, self.split_channels :]
+    def parts_of(self, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "", weight[:, : self.split_channels]
+        yield "_0", weight[:, self.split_channels :]
 
     def quantize_input(self, x: Tensor) -> Tensor:
         decoder, encoder = x[:, : self.split_channels], x[:, self.split_channels :]

@@ -301,11 +301,15 @@ def integer_codes(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
 
     For an :class:`AdaRoundQuantizer` those of hard rounding.
     """
+    if isinstance(quantizer, AdaRoundQuantizer):
+        return rounded_codes(weight, quantizer.alpha, quantizer.delta, quantizer.zero_point, quantizer.bounds)
     lo, hi = quantizer.bounds
-    scaled = weight / quantizer.delta
-    learned = isinstance(quantizer, AdaRoundQuantizer)
-    integers = scaled.floor() + (quantizer.alpha >= 0) if learned else scaled.round()
-    return (integers + quantizer.zero_point).clamp(lo, hi).to(torch.uint8)
+    return ((weight / quantizer.delta).round() + quantizer.zero_point).clamp(lo, hi).to(torch.uint8)
+
+
+def rounded_codes(weight: Tensor, alpha: Tensor, delta: Tensor, zero_point: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """The integers of a weight on a grid, rounded up where its rounding variable ``alpha`` is not negative."""
+    return ((weight / delta).floor() + (alpha >= 0) + zero_point).clamp(*bounds).to(torch.uint8)
 
 
 def dequantize_codes(codes: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from qdiff.checkpoint import (
     UNPUBLISHABLE,
     CheckpointInfo,
     fits_published,
-    is_packed,
     load_quantized,
     read_info,
     save_packed,
@@ -80,8 +79,8 @@ class QuantPlan:
 
     @property
     def standalone(self) -> bool:
-        """Whether a packed checkpoint brings all weights; calibrating needs the full-precision ones as well."""
-        return not self.calibrates and is_packed(self.checkpoint)
+        """Whether a checkpoint brings all weights; calibrating needs the full-precision ones as well."""
+        return not self.calibrates
 
     def continued_in(self, folder: Path) -> QuantPlan:
         """The plan for going on in a run folder, where calibration may be over already."""
@@ -240,7 +239,7 @@ def quantized_model(model: nn.Module, plan: QuantPlan) -> QuantModel:
     """Wrap a network and, where the plan names a checkpoint, load it.
 
     Args:
-        model: with its full-precision weights, unless they come from a packed checkpoint.
+        model: with its full-precision weights, where the plan is not :attr:`~QuantPlan.standalone`.
 
     Raises:
         CheckpointError: the checkpoint does not fit the network or the flags.

@@ -84,7 +84,7 @@ def add_trajectory_flags(group: argparse._ArgumentGroup) -> None:
 
 def check_model_flags(parser: Parser, args: argparse.Namespace, *, standalone: bool = False) -> None:
     """Args:
-    standalone: a packed checkpoint stands in for the full-precision weights.
+    standalone: a calibrated checkpoint stands in for the full-precision weights.
     """
     check_file(parser, args, "config", "the repository's configs/ has some")
     check_file(parser, args, "ckpt", "--use_pretrained takes the published weights instead")

@@ -12,7 +12,6 @@ from ddim.config import PixelConfig, load_config
 from ddim.transforms import to_images
 from ddim.unet import UNet
 from qdiff.calibration_data import CalibrationSet, load_calibration_set
-from qdiff.checkpoint import is_packed
 from qdiff.cli.errors import exit_on_error
 from qdiff.cli.flags import (
     Parser,
@@ -89,7 +88,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what can be refused before any file but a checkpoint's header is read."""
     check_quantization(parser, args)
     check_inference(parser, args)
-    check_model_flags(parser, args, standalone=args.resume and is_packed(args.cali_ckpt))
+    check_model_flags(parser, args, standalone=args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

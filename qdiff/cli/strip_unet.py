@@ -1,4 +1,4 @@
-"""Write a latent checkpoint without its UNet, for who samples from a packed checkpoint, which brings its own."""
+"""Write a latent checkpoint without its UNet, for who samples from a calibrated checkpoint, which brings its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ example
 def build_parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
-        description="Write what a packed quantized checkpoint leaves out of a latent model: first stage, encoder of "
+        description="Write what a calibrated checkpoint leaves out of a latent model: first stage, encoder of "
         "conditions and schedule, without the UNet and its averages.",
         epilog=EXAMPLES,
     )

@@ -97,7 +97,7 @@ def build_parser() -> Parser:
         "--ckpt",
         metavar="FILE",
         help=f"the full-precision model: .ckpt or .safetensors, or a folder of one [{STABLE_DIFFUSION[1]}]. Sampling "
-        "from a packed checkpoint does not read its UNet, which may be absent (scripts/strip_unet.py)",
+        "from a calibrated checkpoint does not read its UNet, which may be absent (scripts/strip_unet.py)",
     )
     add_text_model_flags(model)
     model.add_argument("--C", type=at_least(1), metavar="N", help="channels of a latent [the config's]")

@@ -211,6 +211,21 @@ def test_weights_to_go_on_from_must_be_the_same_networks(saved) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_the_full_precision_weights_are_not_needed(saved, form: str) -> None:
+    """Neither read, nor kept beside the quantized ones, which take their place."""
+    qnn = as_calibrated(dataclasses.replace(W4A8, split=True))
+    path = saved(form, qnn)
+    fresh = wrapped(dataclasses.replace(W4A8, split=True))
+    for parameter in fresh.parameters():
+        parameter.data.fill_(float("nan"))
+    load_quantized(path, fresh, quant_act=True)
+    assert torch.equal(output(fresh), output(qnn))
+    for layer in fresh.layers().values():
+        assert layer.weight.data_ptr() == layer.baked_weight.data_ptr()
+    assert not any(".alpha" in name for name in fresh.state_dict())
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_loading_into_a_model_that_holds_another(saved, form: str) -> None:
     qnn = as_calibrated(W4A8)
     path = saved(form, qnn)

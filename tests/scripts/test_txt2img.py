@@ -361,9 +361,10 @@ def test_stripped_checkpoint(text, calibrated, tmp_path, failing):
     out = tmp_path / "rest.safetensors"
     strip_unet.main([str(text("sd").ckpt), str(out)])
     assert out.stat().st_size < text("sd").ckpt.stat().st_size / 2
-    flags = text("sd").flags("--ptq", "--quant_act", "--resume", "--cali_ckpt", calibrated[4] / "ckpt.safetensors")
-    flags[flags.index(str(text("sd").ckpt))] = str(out)
-    assert torch.equal(pictures(draw(flags, tmp_path / "a")), pictures(calibrated[4]))
+    for name in ("ckpt.safetensors", "ckpt.pth"):
+        flags = text("sd").flags("--ptq", "--quant_act", "--resume", "--cali_ckpt", calibrated[4] / name)
+        flags[flags.index(str(text("sd").ckpt))] = str(out)
+        assert torch.equal(pictures(draw(flags, tmp_path / name)), pictures(calibrated[4]))
     full = text("sd").flags()
     full[full.index(str(text("sd").ckpt))] = str(out)
     failure = failing(*full, "--outdir", tmp_path / "b", main=main)
