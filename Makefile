@@ -3,13 +3,15 @@
 #
 #   make test PYTHON=python3.12                     which interpreter a new environment is made from
 #   make test VENV_ARGS=--system-site-packages      let a new environment see an installed torch
-#   make test PYTEST_ARGS="tests/ddim -x"           what pytest gets
+#   make test PYTEST_ARGS="tests/ddim -x"           what pytest gets, in one process then
+#   make test WORKERS=1                             how many processes share all of the tests
 #   make demo DEMO_ARGS="--help"                    what a demo gets
 
 PYTHON ?= python3
 VENV := .venv
 VENV_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= auto
 DEMO_ARGS ?=
 
 # Threads that wait for one another by spinning take the cores from whatever else runs, and from themselves.
@@ -24,7 +26,7 @@ READY := $(VENV)/.ready
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "  variables: PYTHON, VENV_ARGS, PYTEST_ARGS, DEMO_ARGS (see the top of the Makefile)"
+	@echo "  variables: PYTHON, VENV_ARGS, PYTEST_ARGS, WORKERS, DEMO_ARGS (see the top of the Makefile)"
 
 demo: $(READY)  ## quantize, calibrate, resume and sample the bundled model; writes demo/
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
@@ -32,8 +34,11 @@ demo: $(READY)  ## quantize, calibrate, resume and sample the bundled model; wri
 demo-ldm: $(READY)  ## the same for the bundled latent model; writes demo-ldm/
 	$(BIN)/python scripts/demo_ldm.py $(DEMO_ARGS)
 
+# A thread for each process: small networks gain nothing from more, and lose where processes compete. A file's tests stay
+# together, because they share what was calibrated for them.
 test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		$(or $(PYTEST_ARGS),-n $(WORKERS) --maxprocesses 8 --dist loadfile)
 
 lint: $(READY)  ## check style and formatting, change nothing
 	$(BIN)/ruff check .
