@@ -42,6 +42,7 @@ from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.unet import UNet
 from ldm.models.diffusion.ddim import latent_timesteps
 from ldm.modules.ema import MODEL
+from ldm.modules.encoders.modules import TextEncoder
 from ldm.pretrained import build_latent_diffusion
 from ldm.random_weights import random_checkpoint
 from ldm.util import load_model_config
@@ -79,10 +80,11 @@ FASHION = ROOT / "configs" / "fashion_mnist.yml"
 BUNDLED = ROOT / "models" / "pixel" / "fashion_mnist" / "w4a8-published.safetensors"  # flags as W4A8 below
 W4A8 = QuantConfig(4, 8, quant_act=True, a_sym=True, split=True)
 SAMPLER_STEPS, LATENT_STEPS = 100, 200
-# The published flags of two latent models: fields of QuantConfig, and of CalibrationConfig.
+# The published flags of latent models: fields of QuantConfig, and of CalibrationConfig.
 FLAGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "bedroom": ({"a_sym": True, "act_range": "max"}, {"running_stat": True}),
-    "church": ({"a_sym": False, "act_range": "mse"}, {}),
+    "bedroom": ({"a_sym": True, "act_range": "max"}, {"range_order": "first", "running_stat": True}),
+    "church": ({"a_sym": False, "act_range": "mse"}, {"range_order": "first"}),
+    "text": ({"split": True, "sm_abit": 16, "act_range": "mse"}, {"range_samples": 16, "running_stat": True}),
 }
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest calibration, for the lines of `scaling`
 
@@ -132,15 +134,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="extrapolate to so many iterations, weights; needs --iters N",
     )
     own.add_argument("--full_iters_a", type=at_least(1), metavar="N", help="the same, activations")
-    own.add_argument(
-        "--flags", choices=FLAGS, default="bedroom", help="of a latent model: as published for this one [bedroom]"
-    )
+    add_published_flags(own)
 
     own = add("step", benchmark_step, CIFAR, "One call of the network: precisions, quantized or not, compiled or not.")
     own.add_argument(
         "--batch_sizes", type=at_least(1), nargs="+", default=[64, 256], metavar="N", help="images at once [64 256]"
     )
     own.add_argument("--repeats", type=at_least(1), default=30, metavar="N", help="calls of which the median is taken")
+    add_published_flags(own)
     own.add_argument("--variants", nargs="+", metavar="NAME", help="only these [all that the device can run]")
     own.add_argument("--psnr", type=at_least(1), metavar="N", help="also compare N images of the bundled model")
     own.add_argument("--timesteps", type=at_least(1), default=SAMPLER_STEPS, metavar="N", help="of these images")
@@ -160,6 +161,11 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--iterations", type=at_least(1), default=10, metavar="N", help="of a unit in a round")
     own.add_argument("--units", type=at_least(1), metavar="K", help="only K evenly spaced units [all]")
     return parser
+
+
+def add_published_flags(parser: argparse.ArgumentParser) -> None:
+    which = "of a latent model: as published for this one [bedroom; text where it takes texts]"
+    parser.add_argument("--flags", choices=FLAGS, help=which)
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, iters: int = 20_000, iters_a: int = 5_000) -> None:
@@ -243,9 +249,13 @@ class PixelNetwork:
 
 
 class LatentNetwork:
-    """Of a latent model; its first stage is not built."""
+    """Of a latent model; its first stage and its encoder of conditions have no values.
 
-    def __init__(self, path: Path, flags: str):
+    Args:
+        flags: a key of :data:`FLAGS`; None for those that suit the model.
+    """
+
+    def __init__(self, path: Path, flags: str | None):
         self.path = path
         self.config = load_model_config(path)
         self.draws = random_checkpoint(self.config)
@@ -257,10 +267,12 @@ class LatentNetwork:
             width = self.config["params"]["unet_config"]["params"].get("context_dim")
             if width is None:
                 raise ConfigError(f"{path}: its condition does not reach the UNet as a context")
-            self.context_shape = (1, width)
-        quant, self.options = FLAGS[flags]
+            encoder = self.diffusion.cond_stage_model
+            texts = isinstance(encoder, TextEncoder)
+            self.context_shape = (encoder.max_length if texts else 1, width)
+            flags = flags or ("text" if texts else None)
+        quant, self.options = FLAGS[flags or "bedroom"]
         self.quant = QuantConfig(4, 8, quant_act=True, weight_range="mse", **quant)
-        self.options = {"range_order": "first", **self.options}
         self.alpha_bar = self.draws["alphas_cumprod"].values
         train = self.diffusion.num_timesteps
         self.visited = latent_timesteps(train, min(LATENT_STEPS, max(1, train // 2)))
@@ -290,7 +302,7 @@ def network_of(args: Any) -> Network:
         content = None  # whoever reads a config says what is wrong with it
     section = content.get("model") if isinstance(content, dict) else None
     if isinstance(section, dict) and "target" in section:
-        return LatentNetwork(args.config, getattr(args, "flags", "bedroom"))
+        return LatentNetwork(args.config, getattr(args, "flags", None))
     return PixelNetwork(args.config)
 
 

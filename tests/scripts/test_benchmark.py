@@ -142,17 +142,22 @@ def test_latent_networks_are_calibrated_and_extrapolated(kind: str, latent, tmp_
     assert figures["measured_s"] < figures["whole"]
 
 
-@pytest.mark.parametrize("kind", ["beds", "classes"])
-def test_latent_networks_make_steps(kind: str, latent, tmp_path) -> None:
-    path, config = tmp_path / "figures.json", latent(kind).folder / "config.yaml"
-    words = ["step", "--config", str(config), "--device", "cpu", "--batch_sizes", "2", "--repeats", "1"]
+def config_of(kind: str, latent, text) -> Path:
+    return text(kind).config if kind in ("sd", "laion") else latent(kind).folder / "config.yaml"
+
+
+@pytest.mark.parametrize("kind", ["churches", "classes", "sd", "laion"])
+def test_latent_networks_make_steps(kind: str, latent, text, tmp_path) -> None:
+    path, config = tmp_path / "figures.json", config_of(kind, latent, text)
+    words = ["step", "--config", str(config), *(["--flags", "church"] * (kind == "churches"))]
+    words += ["--device", "cpu", "--batch_sizes", "2", "--repeats", "1"]
     assert benchmark.main([*words, "--variants", "full fp32", "w4a8 fp32", "w4a8 bf16", "--json", str(path)]) == 0
     assert [row["ms"] > 0 for row in json.loads(path.read_text())["rows"]] == [True] * 3
 
 
-def test_a_latent_network_is_as_published(latent) -> None:
+def test_a_latent_network_is_as_published(latent, text) -> None:
     def network(kind: str, *more: str) -> object:
-        words = ["calibration", "--config", str(latent(kind).folder / "config.yaml"), *QUICK, *more]
+        words = ["calibration", "--config", str(config_of(kind, latent, text)), *QUICK, *more]
         args = benchmark.make_parser().parse_args(words)
         return benchmark.network_of(args), args
 
@@ -162,6 +167,12 @@ def test_a_latent_network_is_as_published(latent) -> None:
     churches, _ = network("churches", "--flags", "church")
     assert (churches.quant.a_sym, churches.quant.act_range) == (False, "mse")
     assert churches.options == {"range_order": "first"}
+    texts, args = network("sd")
+    assert (texts.quant.split, texts.quant.sm_abit, texts.quant.a_sym) == (True, 16, False)
+    assert texts.options == {"range_samples": 16, "running_stat": True}
+    assert texts.context_shape == (24, 12)
+    data = benchmark.calibration_set(args, texts, samples=3)
+    assert data.context.shape == (12, 24, 12)  # 2 timesteps, with a condition and without
     one, other = beds.make(random=True), beds.make(random=True)
     assert one is not other
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
