@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,35 @@ class _NotGiven:
     """Stands for a flag the command line is silent about, until its default takes the place."""
 
 
+INSTALLED = "qdiff-"
+"""How the names begin of the commands that an installation has."""
+SHELLS = "bash", "zsh", "tcsh"
+
+
+def typed_command(program: str) -> list[str]:
+    """What was typed before the flags: an installed command, or a script with its interpreter.
+
+    Args:
+        program: name of the script.
+    """
+    name = Path(sys.argv[0]).name
+    return [name] if name.startswith(INSTALLED) else ["python", f"scripts/{program}"]
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints what makes a shell complete the command's flags, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
+        import shtab  # wanted once in an installation's life
+
+        kinds = {"FILE": shtab.FILE, "PATH": shtab.FILE, "FOLDER": shtab.DIRECTORY, "DIR": shtab.DIRECTORY}
+        for action in parser._actions:
+            if str(action.metavar) in kinds:
+                action.complete = kinds[action.metavar]
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """Knows afterwards which flags were given (``args.given``), and takes no abbreviations.
 
@@ -68,6 +98,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, overrides: bool = False, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
         self._overrides = overrides
+        if Path(sys.argv[0]).name.startswith(INSTALLED):
+            self.prog = Path(sys.argv[0]).name
+            self.add_argument(
+                "--print-completion",
+                action=_PrintCompletion,
+                choices=SHELLS,
+                default=argparse.SUPPRESS,
+                help="print a script that makes this shell complete the command's flags",
+            )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}

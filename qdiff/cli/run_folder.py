@@ -278,7 +278,7 @@ def continue_command(argv: Sequence[str], folder: Path, flags: Sequence[str] = L
             next(rest, None)
         elif not word.startswith(joined):
             words.append(word)
-    return shlex.join(["python", *words, flags[-1], str(folder)])
+    return shlex.join([*words, flags[-1], str(folder)])
 
 
 def read_png(path: Path) -> Tensor:

@@ -24,6 +24,7 @@ from qdiff.cli.flags import (
     check_inference,
     check_quantization,
     resolve_device,
+    typed_command,
 )
 from qdiff.cli.pipeline import QuantPlan, make_plan
 from qdiff.cli.pixel import (
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config)
         check_sampler_flags(parser, args, config)
         with joined_processes(resolve_device(args.device)):
-            run(parser, args, PixelTask(args, config), command=[f"scripts/{PROGRAM}", *words])
+            run(parser, args, PixelTask(args, config), command=[*typed_command(PROGRAM), *words])
     return 0
 
 

@@ -22,6 +22,7 @@ from qdiff.cli.flags import (
     check_inference,
     check_quantization,
     resolve_device,
+    typed_command,
 )
 from qdiff.cli.latent import (
     LatentModel,
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_error(PROGRAM, verbose=args.verbose):
         task = LatentTask(parser, args)
         with joined_processes(resolve_device(args.device)):
-            run(parser, args, task, command=[f"scripts/{PROGRAM}", *words])
+            run(parser, args, task, command=[*typed_command(PROGRAM), *words])
     return 0
 
 

@@ -126,8 +126,8 @@ def _own_checkpoint(path: str) -> str:
 
 
 def _from_repository(path: str) -> str:
-    """A file of the repository, from wherever the command is started."""
-    return path if Path(path).exists() else str(REPOSITORY / path)
+    """A file of the repository, from wherever the command is started; an installation has none."""
+    return path if Path(path).exists() or not (REPOSITORY / "configs").is_dir() else str(REPOSITORY / path)
 
 
 class TextModel(LatentModel):

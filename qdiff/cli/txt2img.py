@@ -30,6 +30,7 @@ from qdiff.cli.flags import (
     check_quantization,
     real,
     resolve_device,
+    typed_command,
 )
 from qdiff.cli.pipeline import QuantPlan, make_plan
 from qdiff.cli.run_folder import Layout, RunFolder
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_error(PROGRAM, verbose=args.verbose):
         task = TextTask(parser, args)
         with joined_processes(resolve_device(args.device)):
-            run(parser, args, task, command=[f"scripts/{PROGRAM}", *words])
+            run(parser, args, task, command=[*typed_command(PROGRAM), *words])
     return 0
 
 

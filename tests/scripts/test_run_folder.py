@@ -147,7 +147,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 def test_log_starts_with_how_to_continue(tmp_path, capsys):
     folder = RunFolder.create(tmp_path, OPTIONS)
     logger = logging.getLogger("qdiff.cli.something")
-    with folder.logging(["scripts/x.py", "-l", "with space", "--seed", "1"]):
+    with folder.logging(["python", "scripts/x.py", "-l", "with space", "--seed", "1"]):
         logger.info("hello")
         logger.debug("hidden")
         logger.info("long", extra=run_folder.LOG_ONLY)
@@ -169,7 +169,7 @@ def test_log_starts_with_how_to_continue(tmp_path, capsys):
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     folder = RunFolder.create(tmp_path, OPTIONS)
-    with pytest.raises(SystemExit) as caught, exit_on_error("p"), folder.logging(["scripts/x.py"]):
+    with pytest.raises(SystemExit) as caught, exit_on_error("p"), folder.logging(["python", "scripts/x.py"]):
         raise KeyboardInterrupt
     assert caught.value.code == 130
     printed = capsys.readouterr()
@@ -181,7 +181,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("words", [["-l", "a b"], ["--logdir", "a"], ["--logdir=a"], ["-la"], []])
 def test_continue_command(tmp_path, words):
-    command = continue_command(["s.py", "--seed", "1", *words, "--ptq"], tmp_path)
+    command = continue_command(["python", "s.py", "--seed", "1", *words, "--ptq"], tmp_path)
     assert command == f"python s.py --seed 1 --ptq -l {tmp_path}"
 
 
