@@ -196,6 +196,7 @@ def _learn(
         chunk=min(CAPTURE_CHUNK, len(data.x)),
         compact=config.precision != "fp32" and next(qnn.parameters()).device.type == "cuda",
         budget=budget,
+        wanted={unit.path for unit in wanted},
     )
     numbers = {unit.path: number for number, unit in enumerate(qnn.units())}
     for stage in capture.stages():

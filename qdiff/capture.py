@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -157,12 +157,14 @@ class Frontier:
     def _complete(self, index: int) -> Any:
         """A chunk before the next stage; of what was not kept, all that the stage takes was computed anew."""
         flow = self._flows[index]
-        if flow is None:
-            return self._anew(index, self._number)
-        if self._stages[self._number].joins and flow.skips[-1] is None:
-            skip = self._anew(index, self._origins[self._number]).skips[-1]
-            return dataclasses.replace(flow, skips=[*flow.skips[:-1], skip])
-        return flow
+        return self._anew(index, self._number) if flow is None else self._joined(flow, index, self._number)
+
+    def _joined(self, flow: Any, index: int, number: int) -> Any:
+        """A chunk before a stage, with the U connection that the stage joins."""
+        if not self._stages[number].joins or flow.skips[-1] is not None:
+            return flow
+        skip = self._anew(index, self._origins[number]).skips[-1]
+        return dataclasses.replace(flow, skips=[*flow.skips[:-1], skip])
 
     def _anew(self, index: int, number: int) -> Any:
         """A chunk before a stage, from the set."""
@@ -182,6 +184,30 @@ class Frontier:
     @torch.no_grad()
     def inputs(self, unit: Unit, collector: Collector) -> Collector:
         """Collect what reaches a unit; its stage is run no further than that."""
+        for flow in self.flows:
+            self._reach(unit, flow, collector)
+        return collector
+
+    @torch.no_grad()
+    def advance(self, stage: Any, reached: tuple[Unit, Collector] | None = None) -> None:
+        """Move the whole set through one stage.
+
+        Args:
+            reached: a unit of the stage after it, and where to collect what reaches that one: on the way, each chunk
+                still where it was computed.
+        """
+        if stage != self._stages[self._number]:
+            raise RuntimeError(f"{stage.path} is not the next stage, which is {self._stages[self._number].path}")
+        for index in range(len(self._flows)):
+            moved = _once_each(self._moved(self._complete(index), stage), self.shelf.rounded)
+            self._flows[index] = self._stored(moved)
+            if reached is not None:
+                unit, collector = reached
+                self._reach(unit, self._joined(moved, index, self._number + 1), collector)
+        self._number += 1
+
+    def _reach(self, unit: Unit, flow: Any, collector: Collector) -> None:
+        """Run a chunk before the unit's stage up to the unit, and collect what comes there."""
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             collector.add(args)
@@ -189,26 +215,12 @@ class Frontier:
 
         handle = unit.module.register_forward_pre_hook(stop)
         try:
-            for flow in self.flows:
-                reached = False
-                try:
-                    self._moved(flow, unit.stage)
-                except _Reached:
-                    reached = True
-                if not reached:
-                    raise RuntimeError(f"{unit.path} is not reached in its stage")
+            self._moved(flow, unit.stage)
+        except _Reached:
+            return
         finally:
             handle.remove()
-        return collector
-
-    @torch.no_grad()
-    def advance(self, stage: Any) -> None:
-        """Move the whole set through one stage."""
-        if stage != self._stages[self._number]:
-            raise RuntimeError(f"{stage.path} is not the next stage, which is {self._stages[self._number].path}")
-        for index in range(len(self._flows)):
-            self._flows[index] = self._stored(self._moved(self._complete(index), stage))
-        self._number += 1
+        raise RuntimeError(f"{unit.path} is not reached in its stage")
 
     def _moved(self, flow: Any, stage: Any) -> Any:
         """A chunk behind the stage, where it was computed."""
@@ -246,6 +258,7 @@ class PairedCapture:
         chunk: samples that pass through a network at once, where memory allows.
         compact: features wait in half precision.
         budget: what they may take; None takes what is free.
+        wanted: paths of the units whose inputs will be asked for; None: of all.
 
     Attributes:
         memory: the plan of where everything waits.
@@ -260,8 +273,9 @@ class PairedCapture:
         chunk: int,
         compact: bool = False,
         budget: MemoryBudget | None = None,
+        wanted: Collection[str] | None = None,
     ):
-        self.qnn, self.act_quant = qnn, act_quant
+        self.qnn, self.act_quant, self.wanted = qnn, act_quant, wanted
         self.device = next(qnn.parameters()).device
         self.t = inputs[1].to(self.device)
         if self.device.type == "cuda":  # the layout that tensor cores read; every layer keeps it
@@ -287,6 +301,7 @@ class PairedCapture:
             for network in kept
         )
         self._full_is_ahead = False
+        self._reached: dict[str, Collector] = {}  # inputs that were collected on the way
 
     @torch.no_grad()
     def _seconds_of_pass(self, inputs: tuple[Tensor, ...]) -> float:
@@ -304,12 +319,15 @@ class PairedCapture:
 
     def stages(self) -> Iterator[Any]:
         """Every stage with units in it, in order; the capture moves on when the next one is asked for."""
-        for stage in self.qnn.model.stages():
+        stages = self.qnn.model.stages()
+        for stage, after in zip(stages, [*stages[1:], None], strict=True):
             if units := self.qnn.units_of(stage):
                 self._make_room(max(self.memory.far_bytes(unit.path) for unit in units))
                 yield stage
+            self._reached.clear()
+            unit = None if after is None else next(filter(self._wants, self.qnn.units_of(after)), None)
             with self.qnn.quant_state(True, self.act_quant):
-                self._quantized.advance(stage)
+                self._quantized.advance(stage, None if unit is None else (unit, self._on_the_way(unit)))
             if not self._full_is_ahead:
                 with self.qnn.quant_state(False, False):
                     self._full.advance(stage)
@@ -325,6 +343,15 @@ class PairedCapture:
         for frontier in frontiers:
             frontier.replace(moved)
 
+    def _wants(self, unit: Unit) -> bool:
+        return self.wanted is None or unit.path in self.wanted
+
+    def _on_the_way(self, unit: Unit) -> Collector:
+        """Where the inputs of the next stage's first unit go while the stage before is passed."""
+        self._make_room(self.memory.far_bytes(unit.path))
+        self._reached[unit.path] = self._storage.collector(unit)
+        return self._reached[unit.path]
+
     def targets(self, stage: Any) -> dict[str, Collector]:
         """Full-precision outputs of all units of a stage, in one sweep. Can be asked for once."""
         if self._full_is_ahead:
@@ -335,6 +362,8 @@ class PairedCapture:
 
     def inputs(self, unit: Unit) -> Collector:
         """What reaches a unit from the network as quantized so far, the units before it in its stage included."""
+        if unit.path in self._reached:
+            return self._reached.pop(unit.path)
         with self.qnn.quant_state(True, self.act_quant):
             return self._quantized.inputs(unit, self._storage.collector(unit))
 

@@ -323,15 +323,16 @@ class MemoryPlan:
     def kept(self) -> list[tuple[Kept, Kept]]:
         """What of the quantized and the full-precision network's features is on the host before each stage.
 
-        The stage's units come first. Then feature maps, without which everything has to be computed anew, then
+        The rows of the stage's units come first, or those of the next one's, whose inputs are collected while the
+        quantized network leaves this one. Then feature maps, without which everything has to be computed anew, then
         connections, the small ones first: the large ones were left by early stages, which is a short way from the set.
         """
         there: list[list[bool]] = [[], []]  # of each network, the open connections that are there still
         kept: list[tuple[Kept, Kept]] = []
         host = self.host_bytes / _ARENA_SLACK
         ahead = host  # what the full-precision network may take: it moves on while the stage before is still learned
-        for boundary in self.sizes.boundaries:
-            room = [host - self._units_on_host(boundary), ahead]  # for both networks; for the full-precision one
+        for boundary, units in zip(self.sizes.boundaries, self._rows_on_host(), strict=True):
+            room = [host - units, ahead]  # for both networks; for the full-precision one
 
             def take(network: int, size: int, room: list[float] = room) -> bool:
                 if size > min(room[: network + 1]):
@@ -352,14 +353,20 @@ class MemoryPlan:
             for open_, trunk in zip(there, trunks, strict=True):
                 if not trunk:  # the next stage is reached from the set, with all connections
                     open_[:] = [True] * len(open_)
-            ahead = host - self._units_on_host(boundary) - self.rows * kept[-1][0].bytes_of(boundary)
+            ahead = host - units - self.rows * kept[-1][0].bytes_of(boundary)
         return kept
+
+    def _rows_on_host(self) -> list[int]:
+        """Bytes of units' rows while features wait before each stage, until they wait before the next one."""
+        units = [self._units_on_host(boundary) for boundary in self.sizes.boundaries]
+        return [max(pair) for pair in itertools.pairwise([*units, 0])]
 
     def passes(self) -> float:
         """Forward passes in which a phase computes anew what is not kept; all stages are taken to cost the same."""
         total = 0.0
         for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
-            sweeps = len(boundary.units) + 1, 1  # inputs of each unit and the way on; targets on the way on
+            # The way on, and inputs of each unit but the first, which are taken on the way here; targets on the way on.
+            sweeps = max(1, len(boundary.units)), 1
             for kept, times in zip(networks, sweeps, strict=True):
                 if not kept.trunk:
                     total += times * number
@@ -386,8 +393,8 @@ class MemoryPlan:
             for boundary, networks in zip(self.sizes.boundaries, self.kept(), strict=True)
         ]
         after = [full for _, full in bytes_of[1:]] + [0]
-        for boundary, (quantized, full), full_after in zip(self.sizes.boundaries, bytes_of, after, strict=True):
-            yield self._units_on_host(boundary) + quantized + max(full, full_after)
+        for units, (quantized, full), full_after in zip(self._rows_on_host(), bytes_of, after, strict=True):
+            yield units + quantized + max(full, full_after)
 
 
 class Storage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -237,6 +238,26 @@ def test_data_go_with_their_unit() -> None:
         gone = [weakref.ref(x) for x in (data, data.target, *data.inputs)]
         del data
         assert all(reference() is None for reference in gone)
+
+
+def test_inputs_are_collected_on_the_way_and_only_those_that_are_wanted() -> None:
+    """A stage runs once for the way on, whatever is collected; a unit after the first of its stage takes a run more."""
+    qnn, inputs = with_grids(QuantConfig(4, split=True)), noisy_inputs(6)
+    expected = observed(qnn, inputs, 3, True, False)
+    paths = [unit.path for unit in qnn.units()]
+    wanted = {"temb.dense.1", "down.0.block.0", "up.0.block.0", "conv_out"}
+    capture = PairedCapture(qnn, inputs, act_quant=False, chunk=3, wanted=wanted)
+    frontier, runs = capture._quantized, []
+    inner = frontier._moved
+    frontier._moved = lambda flow, stage: runs.append(stage.path) or inner(flow, stage)
+    for stage in capture.stages():
+        for unit in qnn.units_of(stage):
+            if unit.path in wanted:
+                assert_same(rows(capture.inputs(unit)), expected[unit.path][0], unit.path)
+    assert set(paths) > wanted
+    stages = [stage.path for stage in qnn.model.stages()]
+    further = {"temb": 1, **{path: 1 for path in wanted if path in stages}}  # up to the unit
+    assert Counter(runs) == {path: 2 * (1 + further.get(path, 0)) for path in stages}  # of 2 chunks
 
 
 def test_features_make_room_for_a_units_rows() -> None:
