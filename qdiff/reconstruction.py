@@ -462,7 +462,7 @@ class _Stage:
             ]
 
         self.buffers = [buffers() for _ in range(2 if self.far else 1)]
-        self.fetching = side_stream(device, "fetching")
+        self.fetching = side_stream(device, "fetching", first=True)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
         self.scale = data.target.shape[1] / (loop.batch * self.near[-1].shape[1])
