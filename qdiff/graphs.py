@@ -14,11 +14,11 @@ import torch
 def side_stream(device: torch.device, purpose: str, *, first: bool = False) -> torch.cuda.Stream:
     """The one stream beside the current one for a purpose.
 
-    Args:
-        first: what runs there is given a place before what runs elsewhere: little work that waits for long.
-
     cuBLAS takes a workspace of tens of megabytes for each stream that it is called on and keeps it: a new stream for
     each of many graphs would use up a gigabyte.
+
+    Args:
+        first: what runs there is given a place before what runs elsewhere: little work that waits for long.
     """
     return torch.cuda.Stream(device, priority=-1 if first else 0)
 
