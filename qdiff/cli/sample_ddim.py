@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -123,10 +124,10 @@ class PixelTask:
     def plan(self, parser: Parser) -> QuantPlan:
         return make_plan(parser, self.args, self.architecture)
 
-    def calibration_samples(self) -> CalibrationSet:
+    def calibration_samples(self, path: Path) -> CalibrationSet:
         args = self.args
         return load_calibration_set(
-            args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=self.sampler.image_shape
+            path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=self.sampler.image_shape
         )
 
     def network(self, *, weights: bool) -> nn.Module:
