@@ -144,6 +144,8 @@ def made_on_the_spot(path: Path, model: nn.Module, task: SamplingTask, args: arg
     """
     if not WORKERS.same(path.is_file()):
         sampler = task.sampler.reseeded(seed_beside(args.seed))
+        if WORKERS.rank == 0:
+            logger.info("first the calibration set: %d samples of the full-precision model", args.cali_n)
         record_set(
             path,
             model,
