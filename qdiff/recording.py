@@ -298,8 +298,8 @@ def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     if said:
         shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
         raise ProgressError(
-            f"{folder}: the samples in it are those of another set: {shown}. Go on with what it was started with, or "
-            "start anew: --force, or remove the folder"
+            f"{folder}: the samples in it are those of another set: {shown}. Go on with what it was started with; or "
+            "start anew: remove the folder, which make_calibration_data.py --force does"
         )
 
 

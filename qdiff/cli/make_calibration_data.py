@@ -262,7 +262,8 @@ def make(parser: Parser, args: argparse.Namespace) -> None:
             tell=print,
         )
     except (KeyboardInterrupt, OSError) as error:
-        error.add_note("the same command goes on" + (" (without --force, which starts anew)" if args.force else ""))
+        in_the_way = f" and {args.out} moved away" if Path(args.out).exists() else ""
+        error.add_note("the same command goes on" + (f", with --force left out{in_the_way}" if args.force else ""))
         raise
 
 

@@ -54,7 +54,7 @@ examples:
   calibrate to 4-bit weights and 8-bit activations, then sample
     python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --use_pretrained \\
         --timesteps 100 --skip_type quad --max_images 64 --ptq --weight_bit 4 --quant_act --a_sym --split \\
-        --cali_st 20 --cali_n 256 --cali_data_path cali.pt
+        --cali_st 20 --cali_n 256 --cali_data_path auto
   from the packed checkpoint that this wrote
     python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml \\
         --timesteps 100 --skip_type quad --max_images 64 --ptq --quant_act \\
