@@ -15,7 +15,7 @@ from .conftest import Miniature
 from .latent_models import LatentMiniature
 from .text_models import TextMiniature
 
-QUICK = ["--cali_iters", "3", "--cali_iters_a", "2", "--cali_batch_size", "4", "--cali_st", "2", "--cali_n", "6"]
+QUICK = ["--cali_iters", "1", "--cali_iters_a", "1", "--cali_batch_size", "4", "--cali_st", "2", "--cali_n", "6"]
 W4A8 = ["--ptq", "--weight_bit", "4", "--quant_act"]
 NEAREST = ["--ptq", "--quant_mode", "linear", "--correct_scale"]  # needs a set, and little time
 AUTO = ["--cali_data_path", "auto"]
@@ -64,7 +64,7 @@ def test_images_are_not_those_of_the_set(miniature: Miniature, tmp_path: Path) -
 
 
 def test_stopped_while_the_set_is_made(miniature: Miniature, tmp_path: Path, monkeypatch, capsys) -> None:
-    words = [*pixel_flags(miniature), *AUTO]
+    words = [*miniature.flags(), *NEAREST, *QUICK, "--max_images", "1", "--batch_size", "4", *AUTO]
     sample_ddim.main([*words, "-l", str(tmp_path / "whole")])
 
     def stop(self: Recording, indices: range) -> None:
@@ -103,7 +103,7 @@ def test_more_steps_than_the_sampler_has(miniature: Miniature, tmp_path: Path, f
 
 def test_latent_set_has_its_classes(latent, tmp_path: Path) -> None:
     tiny: LatentMiniature = latent("classes")
-    words = [*tiny.flags(*NEAREST, *QUICK, "--batch_size", 4), *AUTO, "-l", str(tmp_path / "auto")]
+    words = [*tiny.flags(*NEAREST, *QUICK, "--batch_size", 4, "-n", 0), *AUTO, "-l", str(tmp_path / "auto")]
     sample_ldm.main(words)
     folder = run_folder(tmp_path / "auto")
     content = torch.load(folder / "calibration_set.pt", weights_only=True)
@@ -118,7 +118,7 @@ def test_latent_set_has_its_classes(latent, tmp_path: Path) -> None:
 
 def test_text_set_has_its_prompt(text, tmp_path: Path) -> None:
     tiny: TextMiniature = text("sd")
-    txt2img.main([*tiny.flags(*NEAREST, "--n_iter", 1, "--fixed_code", *QUICK, *AUTO), "--outdir", str(tmp_path)])
+    txt2img.main([*tiny.flags(*NEAREST, "--n_iter", 0, "--fixed_code", *QUICK, *AUTO), "--outdir", str(tmp_path)])
     content = torch.load(run_folder(tmp_path) / "calibration_set.pt", weights_only=True)
     assert {name: len(steps) for name, steps in content.items()} == {"xs": 2, "ts": 2, "cs": 2, "ucs": 2}
     assert len({tuple(x.flatten().tolist()) for x in content["xs"][0]}) == 6, "every sample starts from its own noise"
