@@ -196,7 +196,8 @@ class Recording:
     def open(self, decided_by: Mapping[str, Any], rounded_by: Mapping[str, Any], *, anew: bool) -> None:
         """Find or make the folder of this set; the first process only."""
         identity = {**decided_by, "layout": self.layout.facts()}
-        identity["software"] = {"qdiff": __version__, "torch": torch.__version__, "format": FORMAT_VERSION}
+        versions = {"qdiff": __version__, "torch": torch.__version__, "format": FORMAT_VERSION}
+        identity["software"] = {**versions, "bytes": self.file.size}  # where what lies
         identity = json.loads(json.dumps(identity))  # as it is read back: lists for tuples
         self._lock_out_others()
         before = None if anew else self._manifest()

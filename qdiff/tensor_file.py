@@ -185,7 +185,7 @@ class RowWriter:
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
         with naming(self._file.path):
-            os.fdatasync(self._descriptor)
+            os.fsync(self._descriptor)
 
 
 class _Filled:

@@ -1,7 +1,7 @@
 """Calibration sets as the commands record them: from any kind of model, into a file of their own or a run's.
 
 What is recorded depends on the sampler's settings alone, so the set that a run makes on the spot is the one that
-``scripts/make_calibration_data.py`` makes with the same flags.
+``scripts/make_calibration_data.py`` makes with the same flags, but for rounding where the number of threads is another.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_another_set_is_refused_by_what_differs(stopped: Path) -> None:
     other = {"sampler": {"seed": 1, "eta": 1.0}}
     with pytest.raises(ProgressError, match=r"seed is 1, was 0\. Go on .* or start anew: remove the folder"):
         record(stopped, decided_by=other)
-    with pytest.raises(ProgressError, match=r"cali_st is 2, was None; half is True, was False"):
+    with pytest.raises(ProgressError, match=r"cali_st is 2, was None; half is True, was False[;.]"):
         record(stopped, layout=replace(LAYOUT, cali_st=2, half=True))
     sampler = Trajectories()
     record(stopped, sampler, decided_by=other, anew=True)
