@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,23 @@ class CalibrationSet:
     def inputs(self) -> tuple[Tensor, ...]:
         """A network's positional arguments: images, timesteps and, where there is one, context."""
         return (self.x, self.t) if self.context is None else (self.x, self.t, self.context)
+
+
+@dataclass(frozen=True)
+class SetStep:
+    """One step of a file.
+
+    Attributes:
+        number, of: which of how many.
+        x, t: N x C x H x W inputs of the file's type, mapped into memory where the file allows it, and N timesteps.
+        context_shape: N x L x D of the embeddings, where there are some.
+    """
+
+    number: int
+    of: int
+    x: Tensor
+    t: Tensor
+    context_shape: tuple[int, ...] | None
 
 
 class SelectionArgs(Protocol):
@@ -128,6 +145,31 @@ def load_calibration_set(
     return CalibrationSet(
         chosen.x.to(torch.float32, copy=True), chosen.t.float(), context, chosen.steps, chosen.trajectory
     )
+
+
+def steps_of(path: str | Path) -> Iterator[SetStep]:
+    """The steps of a file, one after another; nothing of a step stays in memory, or mapped, when the next one is read.
+
+    Raises:
+        CalibrationSetError: the file is missing or damaged, or holds something else.
+    """
+    path, step, steps = Path(path), 0, 1
+    while step < steps:
+        try:
+            content = _read(path)
+            _check_structure(content, 1, isinstance(content, dict) and "cs" in content)
+            if isinstance(content, Tensor):
+                content = {"xs": [content], "ts": [torch.full((len(content),), float(PLAIN_TENSOR_TIMESTEP))]}
+            steps = len(content["xs"])
+            x, t = content["xs"][step], _as_tensor(content["ts"][step], "ts", f"step {step}: ")
+            if not isinstance(x, Tensor) or x.ndim != 4 or len(x) == 0 or t.shape != x.shape[:1]:
+                raise CalibrationSetError(f"step {step}: expected N x C x H x W inputs and N timesteps")
+        except CalibrationSetError as error:
+            raise CalibrationSetError(f"calibration set {path}: {error}") from None
+        context = content["cs"][step] if "cs" in content else None
+        yield SetStep(step, steps, x, t, None if context is None else tuple(context.shape))
+        del content, x, t, context
+        step += 1
 
 
 def _read(path: Path) -> Any:
@@ -249,14 +291,6 @@ def _select(content: dict[str, Any] | Tensor, cali_st: int, cali_n: int, conditi
     return CalibrationSet(x, t, context, tuple(steps), len(content["xs"]))
 
 
-class Recorded(NamedTuple):
-    """One model call of a batch: number of the step, timestep, input."""
-
-    step: int
-    t: float
-    x: Tensor
-
-
 OnStep = Callable[[int, float, Tensor], None]
 SampleBatch = Callable[[Sequence[int], OnStep], object]
 """(which samples, on_step) -> anything: runs the sampler, which calls on_step(k, t, x) before each model call."""
@@ -292,23 +326,22 @@ def make_calibration_set(
     Raises:
         ValueError: a count below 1, ``cali_st`` above ``n_steps``, or a sampler that makes another number of calls.
     """
-    for name, value in (("n_samples", n_samples), ("n_steps", n_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
-    if cali_st is not None and not 1 <= cali_st <= n_steps:
-        raise ValueError(f"cali_st={cali_st}: the sampler makes {n_steps} steps; keep 1 to {n_steps}")
-    kept = range(n_steps) if cali_st is None else selected_steps(n_steps, cali_st)
-    parts: dict[int, list[Recorded]] = {step: [] for step in kept}
+    if n_samples < 1 or batch_size < 1:
+        raise ValueError(f"n_samples={n_samples}, batch_size={batch_size}: must be at least 1")
+    dtype = torch.float16 if half else torch.float32
+    kept = kept_steps(n_steps, cali_st)
+    xs: list[list[Tensor]] = [[] for _ in kept]
+    ts: list[list[Tensor]] = [[] for _ in kept]
+
+    def keep(position: int, t: float, x: Tensor) -> None:
+        xs[position].append(x.detach().to("cpu", dtype, copy=True))
+        ts[position].append(torch.full((len(x),), t))
+
     for indices in batches(range(n_samples), batch_size):
-        calls = _record(sample, indices, parts, torch.float16 if half else torch.float32)
-        if calls != n_steps:
-            raise ValueError(f"the sampler made {calls} model calls, {n_steps} were announced")
+        record_batch(sample, indices, n_steps, kept, keep)
         if progress is not None:
             progress(len(indices))
-    content = {
-        "xs": [torch.cat([part.x for part in parts[step]]) for step in kept],
-        "ts": [torch.cat([torch.full((len(part.x),), part.t) for part in parts[step]]) for step in kept],
-    }
+    content = {"xs": [torch.cat(parts) for parts in xs], "ts": [torch.cat(parts) for parts in ts]}
     if context is not None:
         with_condition, without = (embeddings.detach().cpu() for embeddings in context)
         content |= {"cs": [with_condition] * len(kept), "ucs": [without] * len(kept)}
@@ -321,18 +354,39 @@ def batches(indices: Sequence[int], size: int) -> Iterable[Sequence[int]]:
         yield indices[start : start + size]
 
 
-def _record(sample: SampleBatch, indices: Sequence[int], parts: dict[int, list[Recorded]], dtype: torch.dtype) -> int:
-    """Sample one batch and append the steps that have a list in ``parts``; returns the number of model calls."""
+def kept_steps(n_steps: int, cali_st: int | None) -> range:
+    """The steps of a trajectory that a set holds: all, or those that a calibration with this ``--cali_st`` takes.
+
+    Raises:
+        ValueError: no step, or ``cali_st`` above ``n_steps``.
+    """
+    if n_steps < 1:
+        raise ValueError(f"n_steps={n_steps}: must be at least 1")
+    if cali_st is not None and not 1 <= cali_st <= n_steps:
+        raise ValueError(f"cali_st={cali_st}: the sampler makes {n_steps} steps; keep 1 to {n_steps}")
+    return range(n_steps) if cali_st is None else selected_steps(n_steps, cali_st)
+
+
+def record_batch(sample: SampleBatch, indices: Sequence[int], n_steps: int, kept: range, keep: OnStep) -> None:
+    """Sample one batch and hand over what the network sees at the steps that are kept.
+
+    Args:
+        keep: called with the place of the step among ``kept``, its timestep and the inputs, which may change later.
+
+    Raises:
+        ValueError: the sampler makes another number of calls than ``n_steps``.
+    """
     calls = 0
 
     def on_step(k: int, t: float, x: Tensor) -> None:
         nonlocal calls
         calls += 1
-        if k in parts:
-            parts[k].append(Recorded(k, float(t), x.detach().to("cpu", dtype, copy=True)))
+        if k in kept:
+            keep(kept.index(k), float(t), x)
 
     sample(indices, on_step)
-    return calls
+    if calls != n_steps:
+        raise ValueError(f"the sampler made {calls} model calls, {n_steps} were announced")
 
 
 def save_calibration_set(path: str | Path, content: dict[str, list[Tensor]]) -> None:

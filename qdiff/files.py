@@ -52,6 +52,15 @@ def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) 
         file.write(content)
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the operating system say which file they are about; those of open files do not."""
+    try:
+        yield
+    except OSError as error:
+        raise _about(Path(path), error) from error
+
+
 def _os_error_behind(error: BaseException | None) -> OSError | None:
     """The operating system's error; ``torch.save`` raises one of its own after it, which only speaks of positions."""
     while error is not None and not isinstance(error, OSError):

@@ -46,6 +46,8 @@ _UNDECIDING_SOURCES = (
     "files.py",
     "progress.py",
     "published.py",
+    "recording.py",
+    "tensor_file.py",
     "version.py",
 )
 
@@ -147,7 +149,7 @@ def _modules_of(unet: nn.Module) -> set[str]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two identities differ in, in words."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     sources = [name.removeprefix("software.sources.") for name in names if name.startswith("software.sources.")]
     said = [
@@ -361,8 +363,9 @@ def _text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Facts within facts, told by their path: ``a.b.c`` -> value."""
+    found: dict[str, Any] = {}
     for key, value in facts.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

@@ -19,7 +19,7 @@ from qdiff.calibration_data import CalibrationSet, load_calibration_set, make_ca
 from qdiff.checkpoint import load_quantized, read_info
 from qdiff.cli import latent, pixel
 from qdiff.cli.errors import UserError
-from qdiff.cli.sampling import Sampler
+from qdiff.cli.samplers import Sampler
 from qdiff.evaluation.features import image_statistics, load_classifier
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.sampling import sample_images

@@ -334,7 +334,7 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
         range_samples: how many set them, unless the user says otherwise.
     """
     group = parser.add_argument_group("calibration", "not used when sampling from a calibrated checkpoint (--resume)")
-    add_selection_flags(group)
+    add_selection_flags(group, auto=True)
     group.add_argument(
         "--cali_batch_size", type=at_least(1), default=32, metavar="N", help="samples in an optimisation step"
     )
@@ -424,14 +424,20 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
     )
 
 
-def add_selection_flags(group: argparse._ArgumentGroup, *, required: bool = False) -> None:
-    """The calibration set, and what to take from it."""
-    group.add_argument(
-        "--cali_data_path",
-        metavar="FILE",
-        required=required,
-        help="calibration set; scripts/make_calibration_data.py makes one",
-    )
+AUTO = "auto"
+"""As ``--cali_data_path``: the set is made by the command itself."""
+
+
+def add_selection_flags(group: argparse._ArgumentGroup, *, required: bool = False, auto: bool = False) -> None:
+    """The calibration set, and what to take from it.
+
+    Args:
+        auto: the command can make one itself.
+    """
+    text = "calibration set; scripts/make_calibration_data.py makes one"
+    if auto:
+        text += f"; {AUTO} makes it first, with the sampler of this command, and keeps it in the run folder"
+    group.add_argument("--cali_data_path", metavar=f"FILE|{AUTO}" if auto else "FILE", required=required, help=text)
     group.add_argument(
         "--cali_st", type=at_least(1), default=1, metavar="N", help="steps of the trajectory to take from the set"
     )
@@ -486,10 +492,11 @@ def check_quantization(parser: Parser, args: argparse.Namespace) -> None:
     _check_checkpoint_flags(parser, args)
     if needs_calibration_set(args) and args.cali_data_path is None:
         parser.error(
-            "calibrating needs --cali_data_path FILE (scripts/make_calibration_data.py makes one); "
-            "to sample from a calibrated checkpoint use --resume --cali_ckpt FILE"
+            "calibrating needs --cali_data_path FILE (scripts/make_calibration_data.py makes one), or "
+            f"--cali_data_path {AUTO}, which makes one now; to sample from a calibrated checkpoint use --resume "
+            "--cali_ckpt FILE"
         )
-    if needs_calibration_set(args):
+    if needs_calibration_set(args) and args.cali_data_path != AUTO:
         check_file(parser, args, "cali_data_path", "scripts/make_calibration_data.py makes one")
 
 
@@ -530,17 +537,18 @@ def check_file(parser: Parser, args: argparse.Namespace, dest: str, remedy: str)
         parser.error(f"{parser.flag(dest)} {path}: {what}; {remedy}")
 
 
-def check_out(parser: Parser, args: argparse.Namespace) -> None:
-    """``--out`` must be a file that can be written, and a new one without ``--force``."""
-    out = Path(args.out)
+def check_out(parser: Parser, args: argparse.Namespace, dest: str = "out") -> None:
+    """``--out``, or another flag, must be a file that can be written, and a new one without ``--force``."""
+    out = Path(getattr(args, dest))
+    said = f"{parser.flag(dest)} {out}"
     if out.is_dir():
-        parser.error(f"--out {out}: is a folder; name a file")
+        parser.error(f"{said}: is a folder; name a file")
     if out.exists() and not args.force:
-        parser.error(f"--out {out}: exists already; --force replaces it")
+        parser.error(f"{said}: exists already; --force replaces it")
     if not out.absolute().parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+        parser.error(f"{said}: there is no folder {out.absolute().parent}; make it first")
     if not os.access(out.absolute().parent, os.W_OK):
-        parser.error(f"--out {out}: the folder cannot be written to; choose another place")
+        parser.error(f"{said}: the folder cannot be written to; choose another place")
 
 
 def _said(parser: Parser, args: argparse.Namespace, dest: str) -> str:

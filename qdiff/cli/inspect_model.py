@@ -36,7 +36,7 @@ from qdiff.cli.flags import (
 from qdiff.cli.make_calibration_data import add_kinds_of_model, check_kind_of_model
 from qdiff.cli.pipeline import duration, settled_quant
 from qdiff.cli.run_folder import LOG_NAME
-from qdiff.cli.sampling import Sampler
+from qdiff.cli.samplers import Sampler
 from qdiff.config import QuantConfig
 from qdiff.evaluation import pages
 from qdiff.evaluation.inspection import (

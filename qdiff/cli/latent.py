@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, real, whole_numbers
 from qdiff.cli.sampling import plain
 from qdiff.inference import NoiseModel, tf32
+from qdiff.progress import tensor_hash
 
 # The keywords of a UNet that decide its layers or how they are connected; the others change nothing about a checkpoint.
 LAYER_KEYS = (
@@ -263,7 +265,7 @@ class LatentSampler:
         allow_tf32: faster matrix products and convolutions of the network on a GPU, with 10 bits of mantissa, which let
             images depend on the batch size.
 
-    Attributes: those of :class:`qdiff.cli.sampling.Sampler`.
+    Attributes: those of :class:`qdiff.cli.samplers.Sampler`.
     """
 
     def __init__(self, model: LatentModel, options: SamplerOptions, device: torch.device, *, allow_tf32: bool = False):
@@ -314,6 +316,19 @@ class LatentSampler:
         with torch.no_grad():
             embedder = diffusion.cond_stage_model
             return diffusion.get_learned_conditioning({embedder.key: chosen}), embedder.unconditional(len(chosen))
+
+    def reseeded(self, seed: int) -> LatentSampler:
+        """A sampler of the same settings, of other noise."""
+        other = copy.copy(self)
+        other.options = replace(self.options, seed=seed)
+        return other
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the samples beside the network and its config; once the model is loaded."""
+        facts = self.options.to_dict()
+        if self.context_shape is not None:
+            facts["encoder_weights"] = tensor_hash(self.model.diffusion.cond_stage_model.state_dict())
+        return facts
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

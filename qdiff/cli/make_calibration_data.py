@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ddim.config import load_config
-from qdiff.calibration_data import make_calibration_set, save_calibration_set
 from qdiff.cli import latent, pixel, text
-from qdiff.cli.errors import exit_on_error, lower_on_out_of_memory
-from qdiff.cli.flags import Parser, add_common_flags, at_least, check_out, real, resolve_device
-from qdiff.cli.sampling import Sampler, image_bar, with_bar
+from qdiff.cli.errors import exit_on_error
+from qdiff.cli.flags import Parser, add_common_flags, at_least, check_file, check_out, real, resolve_device
+from qdiff.cli.recording import SEED, check_steps, layout_of, record_set
+from qdiff.cli.samplers import Sampler
+from qdiff.cli.set_summary import describe
+from qdiff.workers import WORKERS, joined_processes
 
 PROGRAM = "make_calibration_data.py"
 EXAMPLES = """\
@@ -22,8 +26,13 @@ examples, the sets that the calibrating commands in the README take:
       --skip_type quad -n 256 --cali_st 20 --out cali.pt
   python scripts/make_calibration_data.py -r models/ldm/lsun_beds256/model.ckpt -c 200 -e 1.0 \\
       -n 256 --cali_st 20 --out cali.pt
-  python scripts/make_calibration_data.py --from-file prompts.txt --plms --ckpt sd-v1-4.ckpt \\
+  python scripts/make_calibration_data.py --from-file captions_val2014.json --plms --ckpt sd-v1-4.ckpt \\
       -n 128 --cali_st 25 --out cali.pt
+a large one, by four processes
+  torchrun --nproc_per_node=4 scripts/make_calibration_data.py -r models/ldm/lsun_beds256/model.ckpt -c 200 -e 1.0 \\
+      --per_step 50000 --batch_size 64 --half --out cali.pt
+what a set holds, in words and as cali.png
+  python scripts/make_calibration_data.py --summary cali.pt
 """
 # Flags that only one kind of model has, and those that are not said twice.
 PIXEL_ONLY = ("use_pretrained", "sample_type", "skip_type", "timesteps")
@@ -46,32 +55,56 @@ def build_parser() -> Parser:
         prog=PROGRAM,
         description="Record noisy inputs and timesteps (and embeddings, where the model is conditional) along the "
         "sampling trajectory of a full-precision model, as calibration needs them. Use the sampler settings you will "
-        "sample with.",
+        "sample with. A set may be larger than memory; a command that was stopped goes on when it is given again; "
+        "torchrun shares the samples between processes.",
         epilog=EXAMPLES,
         overrides=True,
         usage="%(prog)s (--config FILE | -r PATH | --prompt TEXT | --from-file FILE) --out FILE [flags] "
-        "[key=value ...]",
+        "[key=value ...]\n       %(prog)s --summary FILE [--picture FILE]",
     )
     add_kinds_of_model(parser, texts=True)
     group = parser.add_argument_group("the set")
-    group.add_argument("--out", required=True, metavar="FILE", help="where to write it")
-    group.add_argument("--force", action="store_true", help="replace --out where it exists")
+    group.add_argument("--out", metavar="FILE", help="where to write it; until it is whole its parts lie in FILE.part")
+    group.add_argument(
+        "--force", action="store_true", help="replace --out where it exists, and start anew where a set is half made"
+    )
     group.add_argument("-n", "--n_samples", type=at_least(1), default=256, metavar="N", help="images to sample")
     group.add_argument(
         "--cali_st",
+        "--steps",
         type=at_least(1),
         metavar="N",
         help="keep only the steps that a calibration with this --cali_st takes [all steps]",
     )
     group.add_argument(
         "--cali_n",
+        "--per_step",
         type=at_least(1),
         metavar="N",
         help="sample only what a calibration with this --cali_n takes; the same as -n",
     )
     group.add_argument("--half", action="store_true", help="store the inputs in float16, half the size")
+    group.add_argument(
+        "--threads",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="threads of each process on a CPU; another number is another rounding, in the last digits",
+    )
+    group = parser.add_argument_group("a look at it")
+    group.add_argument(
+        "--summary",
+        metavar="FILE",
+        help="only say what this set holds, and show it; besides --picture and --force no flag goes with it",
+    )
+    group.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="a PNG of it, a row for each of some steps, a column for each of some samples; latents of more than three "
+        "channels in false colours [with --summary, beside the set: cali.png for cali.pt]",
+    )
     # Not the default of the sampling command: its images shall not be those that calibration has seen.
-    add_common_flags(parser, seed=0)
+    add_common_flags(parser, seed=SEED)
     return parser
 
 
@@ -112,10 +145,37 @@ def add_kinds_of_model(parser: Parser, *, texts: bool = False) -> None:
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what can be refused before the config is read."""
+    if args.summary is not None:
+        check_summary(parser, args)
+        return
+    if args.out is None:
+        parser.error("say where to write the set: --out FILE (or --summary FILE, to look at one that is there)")
     check_kind_of_model(parser, args)
     if args.cali_n is not None and "n_samples" in args.given and args.cali_n > args.n_samples:
         parser.error(f"--cali_n {args.cali_n}: more than the --n_samples {args.n_samples} that are made")
     check_out(parser, args)
+    check_picture(parser, args)
+
+
+def check_summary(parser: Parser, args: argparse.Namespace) -> None:
+    """A set that is there, and nothing that would make another."""
+    others = sorted(args.given - {"summary", "picture", "force", "verbose"}) + args.overrides
+    if others:
+        said = others[0] if others[0] in args.overrides else parser.flag(others[0])
+        parser.error(f"{said} has no effect with --summary, which makes no set; leave one of them out")
+    check_file(parser, args, "summary", "name a calibration set")
+    if args.picture is None:
+        args.picture = str(Path(args.summary).with_suffix(".png"))
+    check_picture(parser, args)
+
+
+def check_picture(parser: Parser, args: argparse.Namespace) -> None:
+    """``--picture`` is a new PNG, or one that ``--force`` replaces."""
+    if args.picture is None:
+        return
+    if Path(args.picture).suffix.lower() != ".png":
+        parser.error(f"--picture {args.picture}: is written as a PNG; name a file that ends in .png")
+    check_out(parser, args, "picture")
 
 
 def kind_of(args: argparse.Namespace) -> str | None:
@@ -159,84 +219,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_args(parser, args)
     with exit_on_error(PROGRAM, verbose=args.verbose):
-        content = {"pixel": record_pixels, "latent": record_latents, "text": record_texts}[kind_of(args)](parser, args)
-        save_calibration_set(args.out, content)
-        print(summary(Path(args.out), content))
+        if args.summary is not None:
+            print(describe(Path(args.summary), picture=Path(args.picture)))
+            return 0
+        with joined_processes(resolve_device(args.device)):
+            make(parser, args)
+            if WORKERS.rank == 0:
+                print(describe(Path(args.out), picture=args.picture and Path(args.picture)))
     return 0
 
 
-def record_pixels(parser: Parser, args: argparse.Namespace) -> dict[str, list[Tensor]]:
+@dataclass(frozen=True)
+class Source:
+    """What a set is made of.
+
+    Attributes:
+        model: the network, with its full-precision weights.
+        config: facts of the model.
+    """
+
+    model: nn.Module
+    sampler: Sampler
+    batch_size: int
+    config: dict[str, Any]
+
+
+def make(parser: Parser, args: argparse.Namespace) -> None:
+    """Record the set, or the rest of it."""
+    source = {"pixel": of_pixels, "latent": of_latents, "text": of_texts}[kind_of(args)](parser, args)
+    layout = layout_of(source.sampler, args.cali_n or args.n_samples, cali_st=args.cali_st, half=args.half)
+    try:
+        record_set(
+            Path(args.out),
+            source.model,
+            source.sampler,
+            layout,
+            batch_size=source.batch_size,
+            batch_flag="--batch_size",
+            model_config=source.config,
+            anew=args.force,
+            threads=args.threads,
+            tell=print,
+        )
+    except (KeyboardInterrupt, OSError) as error:
+        in_the_way = f" and {args.out} moved away" if Path(args.out).exists() else ""
+        error.add_note("the same command goes on" + (f", with --force left out{in_the_way}" if args.force else ""))
+        raise
+
+
+def of_pixels(parser: Parser, args: argparse.Namespace) -> Source:
     config = load_config(args.config)
     pixel.check_sampler_flags(parser, args, config)
     sampler = pixel.PixelSampler(config, pixel.SamplerOptions.from_args(args), resolve_device(args.device))
-    _check_steps(parser, args, sampler)
+    check_steps(parser, args.cali_st, sampler)
     model = pixel.load_full_precision(args, config)
-    return record(args, model, sampler, args.batch_size or config.sampling.batch_size)
+    return Source(model, sampler, args.batch_size or config.sampling.batch_size, config.to_dict())
 
 
-def record_latents(parser: Parser, args: argparse.Namespace) -> dict[str, list[Tensor]]:
+def of_latents(parser: Parser, args: argparse.Namespace) -> Source:
     model = latent.LatentModel(args.resume_base, args.overrides)
     sampler = latent.LatentSampler(model, latent.sampler_options(parser, args, model), resolve_device(args.device))
-    _check_steps(parser, args, sampler)
+    check_steps(parser, args.cali_st, sampler)
     model.load()
-    context = sampler.conditions(range(args.cali_n or args.n_samples)) if sampler.context_shape else None
-    return record(args, model.unet, sampler, args.batch_size or latent.BATCH_SIZE, context)
+    return Source(model.unet, sampler, args.batch_size or latent.BATCH_SIZE, model.facts())
 
 
-def record_texts(parser: Parser, args: argparse.Namespace) -> dict[str, list[Tensor]]:
+def of_texts(parser: Parser, args: argparse.Namespace) -> Source:
     prompts, model = text.read_prompts(args), text.text_model(args)
     options = text.text_options(parser, args, model, eta=args.eta)
-    device, size = resolve_device(args.device), (args.H, args.W)
-    sampler = text.TextSampler(model, options, device, prompts, size=size)
-    _check_steps(parser, args, sampler)
+    sampler = text.TextSampler(model, options, resolve_device(args.device), prompts, size=(args.H, args.W))
+    check_steps(parser, args.cali_st, sampler)
     model.load()
-    unet = model.unet
-    context = sampler.conditions(range(args.cali_n or args.n_samples))
-    return record(args, unet, sampler, args.batch_size or latent.BATCH_SIZE, context)
-
-
-def _check_steps(parser: Parser, args: argparse.Namespace, sampler: Sampler) -> None:
-    if args.cali_st is not None and args.cali_st > sampler.n_steps:
-        parser.error(
-            f"--cali_st {args.cali_st}: the sampler makes {sampler.n_steps} steps; keep 1 to {sampler.n_steps}"
-        )
-
-
-def record(
-    args: argparse.Namespace,
-    model: nn.Module,
-    sampler: Sampler,
-    batch_size: int,
-    context: tuple[Tensor, Tensor] | None = None,
-) -> dict[str, list[Tensor]]:
-    """Sample and record, with a progress bar."""
-    count = args.cali_n or args.n_samples
-    with lower_on_out_of_memory("--batch_size", batch_size), image_bar(count) as bar:
-        return make_calibration_set(
-            with_bar(sampler, model.to(sampler.device), bar),
-            n_samples=count,
-            n_steps=sampler.n_steps,
-            batch_size=batch_size,
-            cali_st=args.cali_st,
-            half=args.half,
-            context=context,
-        )
-
-
-def summary(path: Path, content: dict[str, list[Tensor]]) -> str:
-    """What the file holds, in a few lines."""
-    xs, ts = content["xs"], content["ts"]
-    low, high = min(float(x.min()) for x in xs), max(float(x.max()) for x in xs)
-    dtype = str(xs[0].dtype).removeprefix("torch.")
-    context = f"  with and without the condition: embeddings of {_shape(content['cs'][0])}\n" if "cs" in content else ""
-    return (
-        f"{path}: {path.stat().st_size / 2**20:.1f} MiB\n"
-        f"  {len(xs)} steps of {_shape(xs[0])} inputs ({dtype}), values {low:.2f} to {high:.2f}\n"
-        f"  timesteps {float(ts[0][0]):g} down to {float(ts[-1][0]):g}\n"
-        f"{context}"
-        f"  calibrate with --cali_data_path {path} --cali_st {len(xs)} --cali_n {len(xs[0])} or fewer"
-    )
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return Source(model.unet, sampler, args.batch_size or latent.BATCH_SIZE, model.facts())

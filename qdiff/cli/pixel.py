@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,16 @@ class PixelSampler:
             return ddim_sample(
                 model, x, self._times, self._alpha_bar, eta=options.eta, noise=noise.step, on_step=on_step
             )
+
+    def reseeded(self, seed: int) -> PixelSampler:
+        """A sampler of the same settings, of other noise."""
+        other = copy.copy(self)
+        other.options = replace(self.options, seed=seed)
+        return other
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the samples beside the network and its config."""
+        return self.options.to_dict()
 
 
 def image_shape(config: PixelConfig) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ examples:
   calibrate to 4-bit weights and 8-bit activations, then sample
     python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml --use_pretrained \\
         --timesteps 100 --skip_type quad --max_images 64 --ptq --weight_bit 4 --quant_act --a_sym --split \\
-        --cali_st 20 --cali_n 256 --cali_data_path cali.pt
+        --cali_st 20 --cali_n 256 --cali_data_path auto
   from the packed checkpoint that this wrote
     python scripts/sample_diffusion_ddim.py --config configs/fashion_mnist.yml \\
         --timesteps 100 --skip_type quad --max_images 64 --ptq --quant_act \\
@@ -124,10 +125,10 @@ class PixelTask:
     def plan(self, parser: Parser) -> QuantPlan:
         return make_plan(parser, self.args, self.architecture)
 
-    def calibration_samples(self) -> CalibrationSet:
+    def calibration_samples(self, path: Path) -> CalibrationSet:
         args = self.args
         return load_calibration_set(
-            args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=self.sampler.image_shape
+            path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=self.sampler.image_shape
         )
 
     def network(self, *, weights: bool) -> nn.Module:

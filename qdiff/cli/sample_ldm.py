@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -138,10 +139,10 @@ class LatentTask:
             **first_ranges(self.args),
         )
 
-    def calibration_samples(self) -> CalibrationSet:
+    def calibration_samples(self, path: Path) -> CalibrationSet:
         args, context = self.args, self.model.context_shape
         return load_calibration_set(
-            args.cali_data_path,
+            path,
             cali_st=args.cali_st,
             cali_n=args.cali_n,
             image_shape=self.sampler.image_shape,

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ddim.samplers import OnStep
 from qdiff.calibration_data import CalibrationSet, batches
 from qdiff.cli.errors import lower_on_out_of_memory
-from qdiff.cli.flags import Parser, inference_config, needs_calibration_set, resolve_device
+from qdiff.cli.flags import AUTO, Parser, inference_config, needs_calibration_set, resolve_device
 from qdiff.cli.pipeline import (
     QuantPlan,
     calibrate_and_save,
@@ -26,33 +25,15 @@ from qdiff.cli.pipeline import (
     remove_progress,
     room_needed,
 )
+from qdiff.cli.recording import check_steps, layout_of, record_set, seed_beside
 from qdiff.cli.run_folder import Layout, RunFolder, check_room
+from qdiff.cli.samplers import Sampler, image_bar, with_bar
 from qdiff.inference import NoiseModel, prepare
 from qdiff.workers import WORKERS
 
+SET_NAME = "calibration_set.pt"
+
 logger = logging.getLogger(__name__)
-
-
-class Sampler(Protocol):
-    """Samples by number: the same number gives the same sample in any batch.
-
-    Attributes:
-        device: where it works.
-        n_steps: calls of the noise model in a trajectory.
-        rows_per_image: rows of the network's batch that an image takes; two with classifier-free guidance.
-        image_shape: C x H x W of the network's input.
-        context_shape: L x D of the context of a row, where the network takes one.
-    """
-
-    device: torch.device
-    n_steps: int
-    rows_per_image: int
-    image_shape: tuple[int, int, int]
-    context_shape: tuple[int, int] | None
-
-    def __call__(self, model: NoiseModel, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
-        """Samples ``indices`` of the seed, N x C x H x W: images, or latents."""
-        ...
 
 
 class SamplingTask(Protocol):
@@ -83,8 +64,8 @@ class SamplingTask(Protocol):
         """How the network is to be quantized."""
         ...
 
-    def calibration_samples(self) -> CalibrationSet:
-        """What a calibration works on."""
+    def calibration_samples(self, path: Path) -> CalibrationSet:
+        """What a calibration takes of a set."""
         ...
 
     def network(self, *, weights: bool) -> nn.Module:
@@ -121,11 +102,15 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
     if plan is not None and folder is not None:
         plan = plan.continued_in(folder.path)
     calibrates = plan is not None and plan.calibrates
-    data = task.calibration_samples() if calibrates and needs_calibration_set(args) else None
-    plan = plan and plan.for_samples(data)
+    wants_set = calibrates and needs_calibration_set(args)
+    makes_set = wants_set and args.cali_data_path == AUTO
+    if makes_set:
+        check_steps(parser, args.cali_st, task.sampler)
+    data = task.calibration_samples(Path(args.cali_data_path)) if wants_set and not makes_set else None
 
     model = task.network(weights=plan is None or not plan.standalone)
-    if plan is not None:
+    if plan is not None and not makes_set:
+        plan = plan.for_samples(data)
         model = quantized_model(model, plan)
     if calibrates:
         check_room(args.logdir, room_needed(model), task.layout.flag)
@@ -133,30 +118,63 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
         folder = folder or RunFolder.create(args.logdir, options, model_name=task.model_name, layout=task.layout)
         folder.tidy()
     path = WORKERS.same(folder and folder.path)
-    model = model.to(task.sampler.device)
-
-    def calibrated() -> None:
-        with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
-            facts, budget = task.model_config, memory_budget(args, path)
-            calibrate_and_save(model, plan, data, path, facts, tensorboard=args.tensorboard, budget=budget)
-
-    if WORKERS.rank > 0:  # helps the first process to calibrate
+    with folder.logging(command, verbose=args.verbose) if WORKERS.rank == 0 else nullcontext():
+        if makes_set:
+            data = task.calibration_samples(made_on_the_spot(path / SET_NAME, model, task, args))
+            plan = plan.for_samples(data)
+            model = quantized_model(model.cpu(), plan)
+        model = model.to(task.sampler.device)
         if calibrates:
-            calibrated()
-        return
-    with folder.logging(command, verbose=args.verbose):
-        if calibrates:
-            calibrated()
-        else:
-            remove_progress(folder.path)  # of a process that was killed between its checkpoints and their tidying up
+            with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
+                facts, budget = task.model_config, memory_budget(args, path)
+                calibrate_and_save(model, plan, data, path, facts, tensorboard=args.tensorboard, budget=budget)
+        if WORKERS.rank > 0:  # helped the first process to calibrate
+            return
+        if not calibrates:
+            remove_progress(path)  # of a process that was killed between its checkpoints and their tidying up
         sample_images(model, task, folder, args)
+
+
+def made_on_the_spot(path: Path, model: nn.Module, task: SamplingTask, args: argparse.Namespace) -> Path:
+    """The calibration set of ``--cali_data_path auto``, or what is missing of it, by all processes.
+
+    Args:
+        path: where in the run folder it lies.
+        model: with its full-precision weights.
+    """
+    if not WORKERS.same(path.is_file()):
+        sampler = task.sampler.reseeded(seed_beside(args.seed))
+        if WORKERS.rank == 0:
+            logger.info("first the calibration set: %d samples of the full-precision model", args.cali_n)
+        record_set(
+            path,
+            model,
+            sampler,
+            layout_of(sampler, args.cali_n, cali_st=args.cali_st),
+            batch_size=task.batch_size,
+            batch_flag=task.batch_flag,
+            model_config=task.model_config,
+            tell=logger.info,
+        )
+    if WORKERS.rank == 0:
+        logger.info(
+            "calibration set %s (%.1f MiB), made with this sampler and seed %d; other calibrations of this model take "
+            "it with --cali_data_path %s --cali_st %d --cali_n %d",
+            path,
+            path.stat().st_size / 2**20,
+            seed_beside(args.seed),
+            shlex.quote(str(path)),
+            args.cali_st,
+            args.cali_n,
+        )
+    return path
 
 
 def run_options(args: argparse.Namespace, task: SamplingTask, plan: QuantPlan | None) -> dict[str, Any]:
     """What ``sampling_config.yaml`` records: every flag as it was resolved, and the model."""
     flags: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in ("given", "help")}
     for name in (*task.paths, "cali_ckpt", "cali_data_path"):
-        if flags[name] is not None:
+        if flags[name] is not None and flags[name] != AUTO:
             flags[name] = str(Path(flags[name]).absolute())  # the same file from wherever the run is continued
     flags["device"] = str(resolve_device(args.device))
     flags["batch_size"] = task.batch_size
@@ -204,26 +222,6 @@ def sample_images(model: nn.Module, task: SamplingTask, folder: RunFolder, args:
         first, last = folder.number(0), folder.number(total - 1)
         place = folder.images if task.layout.keep_images else f"{folder.path}, but not kept"
         logger.info("images %s to %s in %s; %s shows the first", first, last, place, grid.name)
-
-
-def image_bar(total: int, done: int = 0) -> tqdm:
-    """Progress in images; it moves on within a batch too, by fractions of them."""
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    return tqdm(total=total, initial=done, unit=" images", desc="sampling", bar_format=layout, smoothing=0.05)
-
-
-def with_bar(sampler: Sampler, model: NoiseModel, bar: tqdm) -> Callable[..., Tensor]:
-    """The sampler for one model, (indices, on_step=None) -> samples, moving a bar at each model call."""
-
-    def sample(indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
-        def both(k: int, t: float, x: Tensor) -> None:
-            bar.update(min(len(indices) / sampler.n_steps, bar.total - bar.n))  # rounding must not pass the end
-            if on_step is not None:
-                on_step(k, t, x)
-
-        return sampler(model, indices, both)
-
-    return sample
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

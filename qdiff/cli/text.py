@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +36,11 @@ logger = logging.getLogger(__name__)
 def add_prompt_flags(group: argparse._ArgumentGroup) -> None:
     """What to draw."""
     group.add_argument("--prompt", metavar="TEXT", help="what the images shall show")
-    group.add_argument("--from-file", metavar="FILE", help="prompts, one a line; an image of each in turn")
+    group.add_argument(
+        "--from-file",
+        metavar="FILE",
+        help="prompts, one a line, or a .json of COCO captions; an image of each in turn",
+    )
 
 
 def add_text_model_flags(group: argparse._ArgumentGroup) -> None:
@@ -91,21 +98,39 @@ def check_text_flags(parser: Parser, args: argparse.Namespace, *, eta: str) -> N
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[str, ...]:
-    """The prompts of the flags, empty lines of a file left out.
+    """The prompts of the flags, empty ones left out: the lines of a file, or the captions of a COCO JSON in its order.
 
     Raises:
         UserError: the file cannot be read or holds none.
     """
     if args.prompt is not None:
         return (args.prompt,)
+    path = Path(args.from_file)
     try:
-        text = Path(args.from_file).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"--from-file {args.from_file}: is not a text file in UTF-8") from None
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+        raise UserError(f"--from-file {path}: is not a text file in UTF-8") from None
+    lines = _captions(path, text) if path.suffix.lower() == ".json" else text.splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise UserError(f"--from-file {args.from_file}: holds no prompt")
+        raise UserError(f"--from-file {path}: holds no prompt")
     return prompts
+
+
+def _captions(path: Path, text: str) -> list[str]:
+    """The captions of a file in the structure of COCO's ``captions_*.json``."""
+    remedy = 'expected COCO captions, {"annotations": [{"caption": "..."}]}; prompts, one a line, go in a .txt'
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--from-file {path}: is not JSON ({error}); {remedy}") from None
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise UserError(f"--from-file {path}: has no list of annotations; {remedy}")
+    for number, annotation in enumerate(annotations):
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
+            raise UserError(f"--from-file {path}: annotation {number} has no caption; {remedy}")
+    return [" ".join(annotation["caption"].split()) for annotation in annotations]  # some are of several lines
 
 
 def text_model(args: argparse.Namespace) -> TextModel:
@@ -232,6 +257,17 @@ class TextSampler(LatentSampler):
     def noise(self, indices: Sequence[int]) -> ImageNoise:
         starts = None if self.codes is None else [index % self.codes for index in indices]
         return ImageNoise(self.options.seed, indices, self.image_shape, self.device, starts=starts)
+
+    def reseeded(self, seed: int) -> TextSampler:
+        """A sampler of the same settings, of other noise; every sample starts from its own."""
+        other = super().reseeded(seed)
+        other.codes = None
+        return other
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the samples beside the network and its config; once the model is loaded."""
+        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        return {**super().facts(), "prompts": prompts}
 
     @torch.no_grad()
     def conditions(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

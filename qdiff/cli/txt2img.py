@@ -243,10 +243,10 @@ class TextTask:
         )
         return self._plan
 
-    def calibration_samples(self) -> CalibrationSet:
+    def calibration_samples(self, path: Path) -> CalibrationSet:
         args = self.args
         return load_calibration_set(
-            args.cali_data_path,
+            path,
             cali_st=args.cali_st,
             cali_n=args.cali_n,
             image_shape=self.sampler.image_shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ def test_keeps_what_calibration_takes(miniature, tmp_path):
     assert torch.equal(kept["xs"][0], content["xs"][0][:3].half())
 
 
+def test_two_names_of_the_same_flags(miniature, tmp_path):
+    make(miniature, tmp_path / "one.pt", "--cali_st", 2, "--cali_n", 3)
+    make(miniature, tmp_path / "two.pt", "--steps", 2, "--per_step", 3)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+
+
 @pytest.mark.parametrize("sample_type", ["ddpm_noisy", "dpm_solver"])
 def test_other_samplers(miniature, tmp_path, sample_type):
     content = make(miniature, tmp_path / "set.pt", "-n", 2, "--sample_type", sample_type)
@@ -64,6 +71,10 @@ def test_summary(miniature, tmp_path, capsys):
     [
         (["--cali_st", "6"], ["--cali_st 6", "1 to 5"]),
         (["--cali_n", "9", "-n", "3"], ["--cali_n 9", "--n_samples 3"]),
+        (["--steps", "6"], ["--cali_st 6", "1 to 5"]),
+        (["--threads", "0"], ["--threads", "'0'", "at least 1"]),
+        (["--picture", "set.jpg"], ["--picture set.jpg", ".png"]),
+        (["--picture", "/nowhere/at/all.png"], ["--picture", "no folder"]),
         (["--timesteps", "101"], ["--timesteps 101", "1 to 100"]),
         (["--timesteps", "0"], ["--timesteps", "'0'", "at least 1"]),
         (["--sample_type", "dpm_solver", "--eta", "1"], ["--eta 1.0", "generalized"]),
@@ -91,17 +102,19 @@ def test_does_not_replace_a_file_unasked(miniature, tmp_path, failing):
     assert len(make(miniature, path, "-n", 1, "--force")["xs"]) == STEPS
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_full_disk(miniature, tmp_path, failing, monkeypatch):
-    import qdiff.files
-
-    monkeypatch.setattr(
-        qdiff.files.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "part"))
-    )
-    failure = failing(*miniature.flags(), "-n", 1, "--out", tmp_path / "set.pt", main=main)
+def test_a_file_that_may_not_grow(miniature, tmp_path, failing):
+    """``ulimit -f``; what a full disk says, test_recording_survives.py sees on a real one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, before[1]))
+    try:
+        failure = failing(*miniature.flags(), "-n", 4, "--out", tmp_path / "set.pt", main=main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert failure.status == 2
-    assert f"{tmp_path / 'set.pt'}: No space left on device" in failure.message
-    assert os.listdir(tmp_path) == []
+    assert "set.pt.part/set.pt: File too large" in failure.message
+    assert "the same command goes on" in failure.message
+    make(miniature, tmp_path / "set.pt", "-n", 4)
+    assert os.listdir(tmp_path) == ["set.pt"]
 
 
 def test_uniform_steps_that_do_not_divide_the_schedule(miniature):

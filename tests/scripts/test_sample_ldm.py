@@ -21,7 +21,7 @@ from qdiff.cli import pipeline
 from qdiff.cli.errors import Stopped
 from qdiff.cli.latent import LatentModel, LatentSampler, SamplerOptions
 from qdiff.cli.sample_ldm import build_parser, main
-from qdiff.cli.sampling import with_bar
+from qdiff.cli.samplers import with_bar
 
 from .latent_models import CLASSES, FACTORS, IMAGES, SHAPES, STEPS, LatentMiniature, pictures, psnr, sample
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -24,79 +23,18 @@ from qdiff.cli import pipeline
 from qdiff.cli.sample_ddim import main
 from qdiff.progress import CalibrationProgress
 
+from .commands import REPOSITORY, Commands, serving, wait_for
 from .conftest import Miniature
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 KILLS = 10
 UNITS = 18  # of the miniature network, in each of two phases
 CHECKPOINTS = ("ckpt.pth", "ckpt.json", "ckpt.safetensors")
 
-# Imports once, then runs every line of its input as a command of its own in a fork: prints its number, then its status.
-SERVER = """
-import json, os, signal, sys, traceback
-import torch
-from qdiff.cli.sample_ddim import main
-torch.set_num_threads(1)
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-        log = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        status = 1
-        try:
-            status = main(job["argv"])
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print("process", pid, flush=True)
-    print("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Commands:
-    """Sampling commands in processes of their own, one after another."""
-
-    def __init__(self, server: subprocess.Popen, output: Path):
-        self._server, self._output = server, output
-        self._process: int | None = None
-
-    def start(self, argv: list[str]) -> None:
-        self._server.stdin.write(json.dumps({"argv": argv, "output": str(self._output)}) + "\n")
-        self._server.stdin.flush()
-        self._process = self._next("process")
-
-    def _next(self, word: str) -> int:
-        while True:  # what a test that failed did not read goes by
-            said, number = self._server.stdout.readline().split()
-            if said == word:
-                return int(number)
-
-    def kill(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # over already
-            os.kill(self._process, number)
-
-    def wait(self) -> int:
-        """Its exit status, or minus the signal that ended it."""
-        return self._next("status")
-
-    def said(self) -> str:
-        return self._output.read_text()
-
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as server:
-        yield Commands(server, tmp_path_factory.mktemp("commands") / "output")
-        server.stdin.close()
+    with serving("sample_ddim", tmp_path_factory.mktemp("commands")) as commands:
+        yield commands
 
 
 def flags(miniature: Miniature, **changes: object) -> list[str]:
@@ -345,13 +283,6 @@ def test_signals_while_calibrating(miniature, commands, tmp_path, name: str, sta
     commands.kill(signal.SIGKILL)
     assert commands.wait() == -9
     assert f"{there} of {2 * UNITS} units are there" in commands.said()
-
-
-def wait_for(happened: Callable[[], bool], commands: Commands) -> None:
-    began = time.perf_counter()
-    while not happened():
-        time.sleep(0.005)
-        assert time.perf_counter() - began < 120, commands.said()
 
 
 def assert_told_once(said: str, folder: Path) -> None:
