@@ -1,7 +1,8 @@
-"""Several processes on one calibration (``torchrun``): each takes a part of every batch, gradients are added up.
+"""Several processes at one work (``torchrun``).
 
-Every process holds the same network, draws the same batches and ends with the same result; with one process all of
-this is nothing.
+In a calibration each takes a part of every batch, and gradients are added up: every process holds the same network,
+draws the same batches and ends with the same result. Images are shared out by the batch. With one process all of this
+is nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class Workers:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes, in place."""

@@ -118,6 +118,7 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
         folder = folder or RunFolder.create(args.logdir, options, model_name=task.model_name, layout=task.layout)
         folder.tidy()
     path = WORKERS.same(folder and folder.path)
+    folder = folder or RunFolder(path, continued=False, layout=task.layout)
     with folder.logging(command, verbose=args.verbose) if WORKERS.rank == 0 else nullcontext():
         if makes_set:
             data = task.calibration_samples(made_on_the_spot(path / SET_NAME, model, task, args))
@@ -128,9 +129,7 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
             with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
                 facts, budget = task.model_config, memory_budget(args, path)
                 calibrate_and_save(model, plan, data, path, facts, tensorboard=args.tensorboard, budget=budget)
-        if WORKERS.rank > 0:  # helped the first process to calibrate
-            return
-        if not calibrates:
+        if not calibrates and WORKERS.rank == 0:
             remove_progress(path)  # of a process that was killed between its checkpoints and their tidying up
         sample_images(model, task, folder, args)
 
@@ -203,18 +202,29 @@ def ready_to_sample(model: nn.Module, sampler: Sampler, args: argparse.Namespace
 
 
 def sample_images(model: nn.Module, task: SamplingTask, folder: RunFolder, args: argparse.Namespace) -> None:
-    """Make the images that are missing, and what is made of all of them."""
-    missing, total = folder.missing_images(task.images), task.images
+    """Make the images that are missing, and what is made of all of them.
+
+    Several processes take batches in turn, the same ones that one process would make; the first one does the rest.
+    """
+    missing, total = WORKERS.same(folder.missing_images(task.images)), task.images
     done = total - len(missing)
-    if folder.continued and missing:
+    if folder.continued and missing and WORKERS.rank == 0:
         logger.info("%d of %d images are there; going on at %s", done, total, folder.number(missing[0]))
-    with lower_on_out_of_memory(task.batch_flag, task.batch_size), image_bar(total, done) as bar:
-        predict = ready_to_sample(model, task.sampler, args, min(task.batch_size, len(missing)))
+    mine = list(batches(missing, task.batch_size))[WORKERS.rank :: WORKERS.count]
+    share = done + sum(map(len, mine))
+    with (
+        lower_on_out_of_memory(task.batch_flag, task.batch_size),
+        image_bar(share, done, hidden=WORKERS.rank > 0) as bar,
+    ):
+        predict = ready_to_sample(model, task.sampler, args, min(task.batch_size, len(missing)) if mine else 0)
         sample = with_bar(task.sampler, predict, bar)
-        for indices in batches(missing, task.batch_size):
+        for indices in mine:
             folder.save_images(indices, task.to_images(sample(indices)), task.image_text)
             done += len(indices)
             bar.update(done - bar.n)  # the exact number, after fractions of it
+    WORKERS.wait()
+    if WORKERS.rank > 0:
+        return
     grid = folder.save_grid(total)
     task.finish(folder, changed=bool(missing))
     folder.drop_images()
