@@ -184,6 +184,10 @@ class Bundle(ABC):
         reference = FeatureStatistics.load(self.yardstick / SCORING[1])
         return frechet_distance(image_statistics(classifier, images, "samples"), reference)
 
+    def asked_for(self, count: int) -> list[str] | None:
+        """Captions of the first images of :meth:`sample`; None where nothing is asked for in words."""
+        return None
+
     def agreement(self, images: Tensor, device: torch.device | str = "cpu") -> dict[str, float] | None:
         """How far the first images of :meth:`sample` show what they were asked for; None where nothing is asked for.
 
@@ -356,15 +360,30 @@ class LatentBundle(Bundle):
         on_batch: Callable[[int], None] | None = None,
     ) -> Tensor:
         sampler = self.sampler(device, timesteps=timesteps, eta=eta, seed=seed, allow_tf32=allow_tf32)
+        return self.sample_with(
+            sampler, model, count=count, batch_size=batch_size, inference=inference, on_batch=on_batch
+        )
+
+    def sample_with(
+        self,
+        sampler: latent.LatentSampler,
+        model: nn.Module,
+        *,
+        count: int,
+        batch_size: int,
+        inference: InferenceConfig = AS_IT_IS,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Images 0 ... count - 1 of a sampler: count x 3 x H x W float32 in [0, 1], on the CPU."""
         images = []
-        with torch.no_grad(), evaluating(model), tf32(allow_tf32):
+        with torch.no_grad(), evaluating(model), tf32(sampler.allow_tf32):
             predict = prepare(
                 model,
                 inference,
                 shape=(min(batch_size, count) * sampler.rows_per_image, *self.input_shape),
-                device=device,
+                device=sampler.device,
                 context_shape=sampler.context_shape,
-                allow_tf32=allow_tf32,
+                allow_tf32=sampler.allow_tf32,
             )
             for numbers in _batches(count, batch_size):
                 images.append(sampler.decode(sampler(predict, numbers)).cpu())
@@ -425,6 +444,9 @@ class TextBundle(LatentBundle):
         """Of image 0, 1, ... and over again."""
         return self.known.in_turn(CAPTIONS_SEED)
 
+    def asked_for(self, count: int) -> list[str]:
+        return [self.captions[number % len(self.captions)] for number in range(count)]
+
     def sampler(
         self, device: torch.device | str, *, timesteps: int, eta: float, seed: int, allow_tf32: bool = False
     ) -> text.TextSampler:
@@ -458,9 +480,8 @@ class TextBundle(LatentBundle):
 
     def agreement(self, images: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
         judged = images[:CAPTIONS_JUDGED]
-        captions = [self.captions[number % len(self.captions)] for number in range(len(judged))]
         classifier = load_classifier(self.judges / SCORING[0], device)
-        return agreement(classifier, self.known, judged, captions).to_dict()
+        return agreement(classifier, self.known, judged, self.asked_for(len(judged))).to_dict()
 
 
 def _batches(count: int, size: int) -> Iterator[Sequence[int]]:
