@@ -137,7 +137,7 @@ def test_readme_command_is_understood(command: str, capsys: pytest.CaptureFixtur
         pytest.fail(f"{command}\n{capsys.readouterr().err}")
 
     for option, value in itertools.pairwise(words):
-        if option == "--config":
+        if option == "--config" and not value.startswith("placeholder/"):
             assert (ROOT / value).is_file(), f"README names {value}, which does not exist"
 
 
