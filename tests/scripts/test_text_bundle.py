@@ -51,6 +51,7 @@ def config() -> dict:
     params = found["params"]
     params |= {"scale_by_std": True, "timesteps": 40}
     params.pop("scale_factor")
+    params["unet_config"]["params"] |= {"channel_mult": [1], "attention_resolutions": [1]}  # few grids to be found
     params["cond_stage_config"]["params"]["version"] = "./tokenizer"
     params["cond_stage_config"]["params"]["text_config"]["vocab_size"] = VOCABULARY
     return {"model": found}
