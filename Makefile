@@ -22,10 +22,10 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-ldm test lint format venv clean distclean
+.PHONY: help demo demo-ldm demo-txt2img test lint format venv clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "  variables: PYTHON, VENV_ARGS, PYTEST_ARGS, WORKERS, DEMO_ARGS (see the top of the Makefile)"
 
 demo: $(READY)  ## quantize, calibrate, resume and sample the bundled model; writes demo/
@@ -33,6 +33,9 @@ demo: $(READY)  ## quantize, calibrate, resume and sample the bundled model; wri
 
 demo-ldm: $(READY)  ## the same for the bundled latent model; writes demo-ldm/
 	$(BIN)/python scripts/demo_ldm.py $(DEMO_ARGS)
+
+demo-txt2img: $(READY)  ## the same for the bundled model of captions; writes demo-txt2img/
+	$(BIN)/python scripts/demo_txt2img.py $(DEMO_ARGS)
 
 # A thread for each process: small networks gain nothing from more, and lose where processes compete. A file's tests stay
 # together, because they share what was calibrated for them.
@@ -51,7 +54,7 @@ format: $(READY)  ## put formatting and import order right
 venv: $(READY)  ## only set up the virtual environment
 
 clean:  ## remove caches, build leftovers and the demo's output; keeps .venv and runs/
-	rm -rf build dist demo demo-ldm *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo demo-ldm demo-txt2img *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment too

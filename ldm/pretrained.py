@@ -13,6 +13,7 @@ from ddim.config import ConfigError
 from ddim.pretrained import describe_differences, read_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import EMA_COPY, has_ema, with_ema_weights
+from ldm.modules.encoders.modules import TextEncoder
 from ldm.util import instantiate_from_config, load_model_config
 
 # What some published files hold beside a model's tensors, and sampling has no place for.
@@ -50,7 +51,8 @@ def load_latent_diffusion(
 
     Args:
         checkpoint: ``.ckpt`` or ``.safetensors``, or a folder with ``model.ckpt`` or ``model.safetensors``.
-        config: the ``model`` section; by default that of ``config.yaml`` beside the checkpoint.
+        config: the ``model`` section; by default that of ``config.yaml`` beside the checkpoint. A tokenizer that this
+            names as ``./NAME`` is read from there, too.
         device: where the weights go.
 
     Raises:
@@ -58,9 +60,12 @@ def load_latent_diffusion(
         ValueError: the file is unusable, or its tensors are not exactly those of the model; says which.
     """
     path = find_checkpoint(checkpoint)
-    model_config = load_model_config(path.with_name("config.yaml")) if config is None else config
+    config_path = path.with_name("config.yaml")
+    model_config = load_model_config(config_path) if config is None else config
     with torch.device("meta"):
         model = build_latent_diffusion(model_config)
+    if config is None and isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
+        model.cond_stage_model.look_beside(config_path)
     load_state(model, read_weights(path), source=str(path))
     return model.to(device).eval().requires_grad_(False)
 

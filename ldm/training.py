@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -86,14 +86,17 @@ class Task(Protocol):
 
 
 class ImageSet(NamedTuple):
-    """Images, N x 3 x H x W uint8, and the class of each, N int64."""
+    """Images, N x 3 x H x W uint8, the class of each, N int64, and N captions, where the file has them."""
 
     images: Tensor
     classes: Tensor
+    captions: tuple[str, ...] | None = None
 
 
 def load_image_set(folder: Path, part: str, size: int) -> ImageSet:
     """One part of a prepared image folder: ``FOLDER/PART.safetensors`` with ``images`` (N x H x W x 3) and ``labels``.
+
+    Captions are in the header, as :func:`ldm.data.emoji.pack_split` writes them.
 
     Args:
         part: ``train`` or ``heldout``.
@@ -107,7 +110,9 @@ def load_image_set(folder: Path, part: str, size: int) -> ImageSet:
         raise ValueError(f"{path}: no such file; --data names a folder with train.safetensors and heldout.safetensors")
     try:
         content = load_file(path)
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, "pt") as file:
+            captions = json.loads((file.metadata() or {}).get("about", "{}")).get("captions")
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
     missing = {"images", "labels"} - content.keys()
     if missing:
@@ -117,7 +122,11 @@ def load_image_set(folder: Path, part: str, size: int) -> ImageSet:
         raise ValueError(f"{path}: images are {_described(images)}, expected uint8 N x {size} x {size} x 3")
     if classes.dtype != torch.int64 or classes.shape != (len(images),):
         raise ValueError(f"{path}: labels are {_described(classes)}, expected int64 {len(images)}")
-    return ImageSet(images.permute(0, 3, 1, 2).contiguous(), classes)
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{path}: has {len(captions)} captions of {len(images)} images")
+    return ImageSet(
+        images.permute(0, 3, 1, 2).contiguous(), classes, None if captions is None else tuple(map(str, captions))
+    )
 
 
 def _described(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Make the files of models/ldm/emoji64: what scores emoji samples, and the trained model.
+"""Make the files of models/ldm/emoji64 and models/ldm/emoji-text: what scores emoji samples, and the trained models.
 
     python scripts/prepare_emoji_bundle.py classifier --data data/emoji64
     python scripts/prepare_emoji_bundle.py model --run RUN --data data/emoji64
@@ -11,6 +11,16 @@ train_ldm.py wrote: ``model.safetensors`` in fp16, ``config.yaml``, ``train.json
 images lie from the training images that only went through the first stage: what that alone costs. The third
 takes two calibrated checkpoints out of the folder that reproduce_tables.py wrote: ``w4a8.safetensors`` with the better
 options, ``w4a8-published.safetensors`` with the published flags.
+
+    python scripts/prepare_emoji_bundle.py tokenizer --data data/emoji64
+    python scripts/prepare_emoji_bundle.py names --data data/emoji64
+    python scripts/prepare_emoji_bundle.py text-model --run RUN --data data/emoji64
+    python scripts/prepare_emoji_bundle.py text-checkpoint --tables TABLES
+
+do the same for the model of captions, whose samples the classifier of models/ldm/emoji64 scores. The first learns a
+tokenizer of CLIP's kind from the training captions, which train_ldm.py needs: ``tokenizer/``. The second writes the
+training images' features with their names, by which images are recognised, and the captions to draw for that:
+``names.safetensors``, ``captions.txt``, ``names.json``. The last takes one checkpoint, ``w4a8.safetensors``.
 """
 
 from __future__ import annotations
@@ -33,12 +43,30 @@ from ddim.config import ConfigError
 from ddim.datasets import DatasetUnavailable
 from ddim.pretrained import weights_facts
 from ldm.data.emoji import CLASSES, SPLITS, EmojiImages, Split
+from ldm.data.emoji_list import base_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import TextEncoder
+from ldm.modules.encoders.tokenizers import (
+    CLIP,
+    clip_vocabulary,
+    learn_merges,
+    load_tokenizer,
+    tokenizer_files,
+    write_clip_tokenizer,
+)
 from ldm.pretrained import find_checkpoint, load_latent_diffusion
 from ldm.training import encode_weights, to_model, to_pixels, weights_for_file
 from ldm.util import load_model_config
 from qdiff.checkpoint import read_info, save_packed
-from qdiff.cli.bundles import BUNDLES, SCORING
+from qdiff.cli.bundles import (
+    BUNDLES,
+    CAPTIONS_JUDGED,
+    CAPTIONS_SEED,
+    NAMES,
+    SCORING,
+    TOKENIZER,
+    LatentBundle,
+)
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import Help, at_least
 from qdiff.evaluation.features import (
@@ -50,10 +78,12 @@ from qdiff.evaluation.features import (
 )
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.record import environment, read_json, write_json
+from qdiff.evaluation.text_agreement import KnownImages, agreement
 from qdiff.files import write_atomically
 
 PROGRAM = "prepare_emoji_bundle.py"
-BUNDLE = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
+MODELS = Path(__file__).resolve().parents[1] / "models" / "ldm"
+BUNDLE, TEXT_BUNDLE = MODELS / "emoji64", MODELS / "emoji-text"
 LIMIT = 16 * 10**6  # bytes of the whole folder
 RATE, WEIGHT_DECAY, SMOOTHING = 2e-3, 0.05, 0.1
 SHIFT, ZOOM, TURN = 0.15, 0.2, 0.3  # of the augmentation, at most: of half the width, of the size, in radians
@@ -62,9 +92,11 @@ CHECKPOINTS = {
     "w4a8.safetensors": ("qdiff-w4a8-asym-split_input=True-timed_ranges=all-weight_lr=0.03", True),
     "w4a8-published.safetensors": ("qdiff-w4a8", False),
 }
+TEXT_CHECKPOINTS = {"w4a8.safetensors": CHECKPOINTS["w4a8.safetensors"]}
 OF_CALIBRATION = ("iters", "iters_a", "cali_samples", "cali_seed", "cali_precision")  # settings of the tables
 BLURS = (0.5, 1.0, 2.0)  # pixels
 NOISES = (8.0, 16.0, 32.0)  # of 255
+VOCABULARY, MAX_TOKENS = 1500, 24  # as configs/latent-diffusion/emoji-text.yaml has them
 IMAGES_AT_ONCE = 64
 WHITE = 1.0  # behind the emoji
 
@@ -73,25 +105,56 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=Help, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, summary: str, out: Path = BUNDLE) -> argparse.ArgumentParser:
         own = commands.add_parser(name, help=summary, description=summary, formatter_class=Help, allow_abbrev=False)
         own.set_defaults(run=run)
-        own.add_argument("--out", type=Path, default=BUNDLE, help="default: the bundle in this repository")
+        own.add_argument("--out", type=Path, default=out, help="default: the bundle in this repository")
         return own
 
+    def add_data(own: argparse.ArgumentParser) -> None:
+        own.add_argument("--data", type=Path, required=True, help="folder that prepare_emoji.py wrote")
+
+    def add_run(own: argparse.ArgumentParser) -> None:
+        own.add_argument("--run", dest="folder", type=Path, required=True, help="folder that train_ldm.py wrote")
+
+    def add_device(own: argparse.ArgumentParser) -> None:
+        own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    def add_judges(own: argparse.ArgumentParser) -> None:
+        own.add_argument("--judges", type=Path, default=BUNDLE, help="folder of the classifier [models/ldm/emoji64]")
+
     own = add("classifier", make_classifier, "Train the classifier and measure what it is good for.")
-    own.add_argument("--data", type=Path, required=True, help="folder that prepare_emoji.py wrote")
+    add_data(own)
     own.add_argument("--epochs", type=at_least(1), default=30, help="times that every image is seen, on average")
     own.add_argument("--batch_size", type=at_least(2), default=64)
     own.add_argument("--seed", type=at_least(0), default=0)
-    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(own)
 
     own = add("model", make_model, "Turn a trained run into the bundled model.")
-    own.add_argument("--run", dest="folder", type=Path, required=True, help="folder that train_ldm.py wrote")
-    own.add_argument("--data", type=Path, required=True, help="folder that prepare_emoji.py wrote")
-    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_run(own)
+    add_data(own)
+    add_device(own)
 
     own = add("checkpoints", take_checkpoints, "Take the bundled checkpoints out of a folder of tables.")
+    own.add_argument("--tables", type=Path, required=True, help="folder that reproduce_tables.py wrote")
+
+    own = add("tokenizer", make_tokenizer, "Learn the tokenizer of the model of captions.", TEXT_BUNDLE)
+    add_data(own)
+    own.add_argument("--vocabulary", type=at_least(515), default=VOCABULARY, help="how many tokens there are")
+    own.add_argument("--max_length", type=at_least(3), default=MAX_TOKENS, help="of a caption, in tokens")
+
+    own = add("names", make_names, "Write by what images are recognised, and the captions to draw.", TEXT_BUNDLE)
+    add_data(own)
+    add_judges(own)
+    add_device(own)
+
+    own = add("text-model", make_text_model, "Turn a trained run into the bundled model of captions.", TEXT_BUNDLE)
+    add_run(own)
+    add_data(own)
+    add_judges(own)
+    add_device(own)
+
+    own = add("text-checkpoint", take_text_checkpoint, "Take its checkpoint out of a folder of tables.", TEXT_BUNDLE)
     own.add_argument("--tables", type=Path, required=True, help="folder that reproduce_tables.py wrote")
     return parser
 
@@ -101,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_error(PROGRAM):
         args.out.mkdir(parents=True, exist_ok=True)
         args.run(args)
-        size = sum(path.stat().st_size for path in args.out.iterdir() if path.is_file())
+        size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
         print(f"{args.out}: {size / 1e6:.2f} MB in all")
         if size > LIMIT:
             raise UserError(f"{args.out}: {size} bytes, more than the {LIMIT} that the bundle may have")
@@ -225,36 +288,59 @@ def some(labels: Tensor, label: int, like: Tensor, draws: torch.Generator) -> Te
 
 def make_model(args: argparse.Namespace) -> None:
     """The run's averaged weights in fp16. Nothing is written of a model that cannot be sampled from."""
-    if missing := [name for name in SCORING if not (args.out / name).is_file()]:
-        raise UserError(f"{args.out}: lacks {', '.join(missing)}; `{PROGRAM} classifier` makes them first")
-    try:
-        source = find_checkpoint(args.folder)
-        model = load_latent_diffusion(source)
-    except ValueError as error:
-        raise UserError(f"--run {error}") from None
+    require(args.out, SCORING, "classifier")
+    source, model = trained_model(args.folder)
     classes = getattr(getattr(model, "cond_stage_model", None), "n_classes", 0)
     if classes != len(CLASSES) + 1 or model.use_ema:
         raise ConfigError(
             f"{args.folder}: n_classes is {classes} and use_ema {model.use_ema}; the bundle's model has one class more "
             f"than the {len(CLASSES)} groups, and its averages in place of weights"
         )
+    write_model(args, source, model)
+    facts = judge_first_stage(load_latent_diffusion(args.out, device=args.device), args, args.out)
+    write_json(args.out / "first_stage.json", facts | {"environment": environment(args.device)})
+
+
+def require(folder: Path, names: Sequence[str], command: str) -> None:
+    """Raises :class:`UserError` where a file is missing that an earlier command makes."""
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder}: lacks {', '.join(missing)}; `{PROGRAM} {command}` makes them first")
+
+
+def trained_model(folder: Path) -> tuple[Path, LatentDiffusion]:
+    """The checkpoint of a run and what it holds, every value of it finite."""
+    try:
+        source = find_checkpoint(folder)
+        model = load_latent_diffusion(source)
+    except ValueError as error:
+        raise UserError(f"--run {error}") from None
     if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise UserError(f"{source}: {broken[0]} holds values that are not finite")
+    return source, model
+
+
+def write_model(args: argparse.Namespace, source: Path, model: LatentDiffusion) -> None:
+    """Weights in fp16, the config and the facts of the training."""
     config = {"model": load_model_config(args.folder / "config.yaml")}
     weights = weights_for_file(model, torch.float16)
     write_atomically(args.out / "model.safetensors", encode_weights(weights, weights_facts(source)))
     write_atomically(args.out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     write_json(args.out / "train.json", read_json(args.folder / "train.json"))
-    facts = judge_first_stage(load_latent_diffusion(args.out, device=args.device), args)
-    write_json(args.out / "first_stage.json", facts | {"environment": environment(args.device)})
 
 
 @torch.no_grad()
-def judge_first_stage(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
-    """Images that were encoded and decoded again, against the training images; printed and returned."""
-    classifier = EmojiClassifier.load(args.out / SCORING[0], args.device)
-    reference = FeatureStatistics.load(args.out / SCORING[1])
-    stage, found = model.first_stage_model, {}
+def judge_first_stage(
+    model: LatentDiffusion, args: argparse.Namespace, judges: Path, known: KnownImages | None = None
+) -> dict[str, Any]:
+    """Images that were encoded and decoded again, against the training images; printed and returned.
+
+    Args:
+        judges: folder of the classifier and the statistics.
+        known: with it also, how often decoded training images are still recognised: no model can do better.
+    """
+    classifier = EmojiClassifier.load(judges / SCORING[0], args.device)
+    reference = FeatureStatistics.load(judges / SCORING[1])
+    stage, found, facts = model.first_stage_model, {}, {}
     for split in SPLITS:
         data = read_split(args.data, split)
         parts = (to_model(part.to(args.device)) for part in data.images.split(IMAGES_AT_ONCE))
@@ -262,7 +348,11 @@ def judge_first_stage(model: LatentDiffusion, args: argparse.Namespace) -> dict[
         statistics = balanced_statistics(classifier, decoded, data.labels, "")
         found[split] = frechet_distance(statistics, reference)
         print(f"{found[split]:9.4f}  {split} images through the first stage", flush=True)
-    return {"distance to the training images": found}
+        if known is not None and split == "train":
+            facts["agreement of decoded training images"] = agreement(
+                classifier, known, *judged(known, data, decoded)
+            ).to_dict()
+    return {"distance to the training images": found, **facts}
 
 
 # The checkpoints.
@@ -270,18 +360,120 @@ def judge_first_stage(model: LatentDiffusion, args: argparse.Namespace) -> dict[
 
 def take_checkpoints(args: argparse.Namespace) -> None:
     """As the tables made them, with their settings in the header; the published one without a corrected output."""
-    bundle = dataclasses.replace(BUNDLES["emoji64"], folder=args.out)
-    sources = {name: args.tables / "calibrated" / f"{recipe}.safetensors" for name, (recipe, _) in CHECKPOINTS.items()}
+    take(BUNDLES["emoji64"], CHECKPOINTS, args)
+
+
+def take(bundle: LatentBundle, checkpoints: dict[str, tuple[str, bool]], args: argparse.Namespace) -> None:
+    """Checkpoints out of a folder of tables.
+
+    Args:
+        checkpoints: name in the bundle -> recipe of the tables, and whether its corrected output belongs to it.
+    """
+    bundle = dataclasses.replace(bundle, folder=args.out)
+    sources = {name: args.tables / "calibrated" / f"{recipe}.safetensors" for name, (recipe, _) in checkpoints.items()}
     if missing := [str(path) for path in sources.values() if not path.is_file()]:
         raise UserError(f"--tables {args.tables}: lacks {', '.join(missing)}")
     settings = read_json(args.tables / "settings.json")
-    for name, (recipe, corrected) in CHECKPOINTS.items():
+    for name, (recipe, corrected) in checkpoints.items():
         model = bundle.from_packed(sources[name])
         if not corrected:
             model.output_scale = None
         facts = read_info(sources[name]).calibration | {"recipe": recipe}
         facts |= {key: settings[key] for key in OF_CALIBRATION if key in settings}
         save_packed(args.out / name, model, info={"model_config": bundle.facts, "calibration": facts})
+
+
+# The model of captions.
+
+
+def make_tokenizer(args: argparse.Namespace) -> None:
+    """From the training captions alone: held-out ones have to do with its tokens, as any prompt has."""
+    captions = read_split(args.data, "train").captions
+    merges = learn_merges(captions, args.vocabulary - len(clip_vocabulary([])))
+    folder = args.out / TOKENIZER
+    write_clip_tokenizer(folder, merges, args.max_length)
+    tokenizer = load_tokenizer(CLIP, TOKENIZER, folder)
+    if len(tokenizer) != args.vocabulary:
+        raise UserError(f"--vocabulary {args.vocabulary}: {len(captions)} captions give no more than {len(tokenizer)}")
+    for split in SPLITS:
+        lengths = [len(row) for row in tokenizer(read_split(args.data, split).captions, verbose=False)["input_ids"]]
+        longest, mean = max(lengths), sum(lengths) / len(lengths)
+        print(f"{split}: {len(lengths)} captions of {mean:.1f} tokens on average, {longest} at most, marks included")
+        if longest > args.max_length:
+            raise UserError(f"--max_length {args.max_length}: a caption has {longest} tokens")
+
+
+def make_names(args: argparse.Namespace) -> None:
+    """Features of the training images, the captions to draw, and what recognising by features is good for."""
+    require(args.judges, SCORING, "classifier")
+    path = args.judges / SCORING[0]
+    classifier, train = EmojiClassifier.load(path, args.device), read_split(args.data, "train")
+    known = KnownImages.of(path, classifier, train.images, train.labels, bases(train.emoji), train.captions)
+    known.save(args.out / NAMES)
+    captions = known.in_turn(CAPTIONS_SEED)[:CAPTIONS_JUDGED]
+    write_atomically(args.out / "captions.txt", ("\n".join(captions) + "\n").encode())
+    draws = torch.Generator().manual_seed(0)
+    images, captions = judged(known, train, train.images)
+    changed = {"training images": images}
+    for sigma in BLURS:
+        changed[f"blurred by {sigma:g} pixels"] = gaussian_blur(images, 2 * math.ceil(3 * sigma) + 1, sigma)
+    for sigma in NOISES:
+        noise = torch.randn(images.shape, generator=draws) * sigma
+        changed[f"with noise of {sigma:g} / 255"] = (images + noise).round().clamp(0, 255).to(torch.uint8)
+    found = {name: agreement(classifier, known, these, captions).to_dict() for name, these in changed.items()}
+    for name, shares in found.items():
+        print(", ".join(f"{key} {value:.3f}" for key, value in shares.items() if key != "count") + f"  {name}")
+    facts = {"agreement": found, "data": train.made_with, "environment": environment(args.device)}
+    write_json(args.out / "names.json", facts)
+
+
+def bases(emoji: Sequence[str]) -> Tensor:
+    """A number for each emoji, the same for variants of one."""
+    numbers: dict[tuple[int, ...], int] = {}
+    found = [base_of(tuple(map(ord, one))) for one in emoji]
+    return torch.tensor([numbers.setdefault(base, len(numbers)) for base in found])
+
+
+def judged(known: KnownImages, data: EmojiImages, images: Tensor) -> tuple[Tensor, list[str]]:
+    """Those of the training images whose captions are drawn to measure agreement, and these captions.
+
+    Args:
+        images: the training images or what became of them, in the same order.
+    """
+    captions = known.in_turn(CAPTIONS_SEED)[:CAPTIONS_JUDGED]
+    rows = {caption: row for row, caption in enumerate(data.captions)}
+    return images[[rows[caption] for caption in captions]], captions
+
+
+def make_text_model(args: argparse.Namespace) -> None:
+    """The run's averaged weights in fp16, text encoder and first stage among them, and its tokenizer."""
+    require(args.judges, SCORING, "classifier")
+    require(args.out, [NAMES], "names")
+    source, model = trained_model(args.folder)
+    encoder = getattr(model, "cond_stage_model", None)
+    if not isinstance(encoder, TextEncoder) or model.use_ema:
+        raise ConfigError(
+            f"{args.folder}: use_ema is {model.use_ema} and the condition {model.cond_stage_key!r}; the bundle's model "
+            "has a text encoder, and its averages in place of weights"
+        )
+    if encoder.tokenizer_folder != str((args.folder / TOKENIZER).resolve()):
+        raise ConfigError(f"{args.folder}: the config names no tokenizer beside it (version: ./{TOKENIZER})")
+    _ = encoder.tokenizer  # read before anything is written
+    try:
+        known = KnownImages.load(args.out / NAMES, args.judges / SCORING[0])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    write_model(args, source, model)
+    (args.out / TOKENIZER).mkdir(exist_ok=True)
+    for name, content in tokenizer_files(args.folder / TOKENIZER).items():
+        write_atomically(args.out / TOKENIZER / name, content)
+    facts = judge_first_stage(load_latent_diffusion(args.out, device=args.device), args, args.judges, known)
+    write_json(args.out / "first_stage.json", facts | {"environment": environment(args.device)})
+
+
+def take_text_checkpoint(args: argparse.Namespace) -> None:
+    """As the tables made it, with its settings in the header."""
+    take(BUNDLES["emoji-text"], TEXT_CHECKPOINTS, args)
 
 
 if __name__ == "__main__":

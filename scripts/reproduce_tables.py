@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,8 +57,9 @@ examples:
   on two GPUs: the same command once a GPU, at any time; they share the folder and take different rows
     CUDA_VISIBLE_DEVICES=0 python scripts/reproduce_tables.py --out tables --tf32 &
     CUDA_VISIBLE_DEVICES=1 python scripts/reproduce_tables.py --out tables --tf32
-  the latent model
+  the latent models, of classes and of captions
     python scripts/reproduce_tables.py --model emoji64 --out tables-emoji --tf32 --minutes 30
+    python scripts/reproduce_tables.py --model emoji-text --out tables-text --tf32 --minutes 30
   a quick look on a CPU
     python scripts/reproduce_tables.py --out quick --rows full 'linear-w4*' --count 100 --cali_samples 320
 """
@@ -70,6 +72,7 @@ FULL = 32  # "bits" of activations that are not quantized
 ACTIVATION_QUANT = ("sm_abit", "act_range", "timed_ranges", "split_input")
 ACTIVATION_CALIBRATION = ("lr", "p", "range_samples", "range_order", "running_stat", "rs_sm_only")
 MODELS = BUNDLES
+AGREEMENT = {"group": "group", "named": "emoji", "base": "emoji or a variant"}  # shares -> their columns
 
 
 @dataclass(frozen=True)
@@ -449,6 +452,9 @@ class Study:
             images = self.sample(row, seed)
             entry["frechet"][str(seed)] = self.bundle.distance(images, self.device)
             entry["seconds"][str(seed)] = time.perf_counter() - started
+            shares = self.bundle.agreement(images, self.device)
+            if shares is not None:
+                entry.setdefault("agreement", {})[str(seed)] = shares
             self._keep_images(row, seed, images)
             write_json(path, entry)
             print(f"{row.name}, seed {seed}: Fréchet {entry['frechet'][str(seed)]:.3f}", flush=True)
@@ -618,7 +624,8 @@ class Study:
             shown = {name: torch.load(path, weights_only=True) / 255 for name, path in paths.items() if path.is_file()}
             if shown:
                 title = f"{Row.timesteps} {self.bundle.steps_are}, the same noise in a column"
-                comparison_picture(shown, self.out / "results.png", title=title)
+                asked = self.bundle.asked_for(SHOWN)
+                comparison_picture(shown, self.out / "results.png", title=title, captions=asked)
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -630,6 +637,9 @@ def tables(results: Mapping[str, Any]) -> str:
         "last 2 steps": lambda e: "" if e["last_steps"] is None else ", ".join(f"{v:.3f}" for v in e["last_steps"]),
         "MiB": lambda e: f"{e['bytes'] / 2**20:.2f}",
     }
+    for kind, heading in AGREEMENT.items():
+        if any("agreement" in entry for entry in entries.values()):
+            columns[heading] = partial(percent, kind=kind)
     parts = []
     rows = rows_of(results["settings"]["model"])
     for heading in dict.fromkeys(row.table for row in rows):
@@ -639,10 +649,21 @@ def tables(results: Mapping[str, Any]) -> str:
             parts += [f"### {heading}", markdown_table(["row", *columns], lines)]
     parts.append("Settings: " + ", ".join(f"{name} {value}" for name, value in results["settings"].items()) + ".")
     seeds = sorted({seed for entry in entries.values() for seed in entry["frechet"]}, key=int)
+    if counts := {s["count"] for entry in entries.values() for s in entry.get("agreement", {}).values()}:
+        parts.append(
+            f"Group, emoji: of the first {max(counts)} images of a seed, those in which the classifier sees the "
+            "caption's group, and those whose nearest training image has the caption."
+        )
     parts.append(f"Seeds of the starting noise: {', '.join(seeds)}; ± is the standard deviation over them.")
     places = dict.fromkeys(", ".join(f"{k} {v}" for k, v in entry["environment"].items()) for entry in entries.values())
     parts += [f"Measured on: {place}." for place in places]
     return "\n\n".join(parts) + "\n"
+
+
+def percent(entry: Mapping[str, Any], kind: str) -> str:
+    """A share of images that agree with their captions, the mean over the seeds; empty where it was not measured."""
+    shares = [shares[kind] for shares in entry.get("agreement", {}).values()]
+    return f"{100 * statistics.mean(shares):.1f} %" if shares else ""
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -110,9 +110,9 @@ def test_readme_begins_with_demo_and_test() -> None:
 
 
 def test_readme_names_only_targets_that_the_makefile_has() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {line.split()[1] for line in SHELL_LINES if line.startswith("make ")}
-    named |= set(re.findall(r"`make ([a-z-]+)", README))
+    named |= set(re.findall(r"`make ([a-z0-9-]+)", README))
     assert named <= targets
 
 
@@ -137,7 +137,7 @@ def test_readme_command_is_understood(command: str, capsys: pytest.CaptureFixtur
         pytest.fail(f"{command}\n{capsys.readouterr().err}")
 
     for option, value in itertools.pairwise(words):
-        if option == "--config":
+        if option == "--config" and not value.startswith("placeholder/"):
             assert (ROOT / value).is_file(), f"README names {value}, which does not exist"
 
 

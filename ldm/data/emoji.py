@@ -37,6 +37,12 @@ CLASS_OF_GROUP = {
 }
 CLASSES = tuple(CLASS_OF_GROUP.values())
 
+# Captions of well-known emoji, to look at what a model makes of texts: while it is trained and in its demo.
+PROMPTS = (
+    *("red heart", "smiling cat with heart-eyes", "dog face", "thumbs up: medium skin tone"),
+    *("hamburger", "rocket", "soccer ball", "flag: Japan"),
+)
+
 
 class EmojiImages(Dataset[dict[str, Any]]):
     """One split of a prepared folder, in memory. Items have the keys that configs of latent models name:

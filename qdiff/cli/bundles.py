@@ -1,4 +1,4 @@
-"""Bundled models of both kinds as tables and demos see them: loaded, recorded, sampled and scored in one way."""
+"""Bundled models of all kinds as tables and demos see them: loaded, recorded, sampled and scored in one way."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ddim.config import PixelConfig, load_config
 from ddim.samplers import timestep_batch
 from qdiff.calibration_data import CalibrationSet, load_calibration_set, make_calibration_set
 from qdiff.checkpoint import load_quantized, read_info
-from qdiff.cli import latent, pixel
+from qdiff.cli import latent, pixel, text
 from qdiff.cli.errors import UserError
 from qdiff.cli.samplers import Sampler
 from qdiff.evaluation.features import image_statistics, load_classifier
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 from qdiff.evaluation.sampling import sample_images
+from qdiff.evaluation.text_agreement import KnownImages, agreement
 from qdiff.evaluation.variants import (
     HELD_OUT_SEED,
     HeldOutInputs,
@@ -37,6 +38,10 @@ from qdiff.quant_model import QuantModel, evaluating
 ROOT = Path(__file__).resolve().parents[2]
 AS_IT_IS = InferenceConfig()
 SCORING = ("classifier.safetensors", "reference_statistics.safetensors")
+NAMES = "names.safetensors"
+TOKENIZER = "tokenizer"
+CAPTIONS_SEED = 0  # of the captions that images are scored on; calibration takes those of the next seed
+CAPTIONS_JUDGED = 500  # whose images are looked at for their agreement
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Bundle(ABC):
     """A bundled model and what scores it. Nothing is read before it is needed.
 
     Attributes:
-        folder: of the model, the classifier and the statistics of the training images.
+        folder: of the model.
         quant, calibration: fields of :class:`QuantConfig` and :class:`CalibrationConfig` that the family's published
             commands set otherwise than their defaults.
     """
@@ -59,8 +64,18 @@ class Bundle(ABC):
         Raises:
             UserError: one is missing; names all that are.
         """
-        if missing := [name for name in (*self.files, *more) if not (self.folder / name).is_file()]:
-            raise UserError(f"{self.folder}: lacks {', '.join(missing)}; {self.origin}")
+        lacking: dict[Path, list[str]] = {}
+        for folder, names in ((self.folder, self.files), (self.yardstick, SCORING), (self.folder, more)):
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                lacking.setdefault(folder, []).extend(missing)
+        if lacking:
+            said = "; ".join(f"{folder}: lacks {', '.join(names)}" for folder, names in lacking.items())
+            raise UserError(f"{said}; {self.origin}")
+
+    @property
+    def yardstick(self) -> Path:
+        """Folder of the classifier and of the statistics of the training images."""
+        return self.folder
 
     @property
     @abstractmethod
@@ -108,7 +123,7 @@ class Bundle(ABC):
     def sampler(
         self, device: torch.device | str, *, timesteps: int, eta: float, seed: int, allow_tf32: bool = False
     ) -> Sampler:
-        """DDIM, as the family's command samples."""
+        """As the family's command samples: DDIM, or PLMS where texts are drawn."""
 
     @abstractmethod
     def context(self, sampler: Sampler, count: int) -> tuple[Tensor, Tensor] | None:
@@ -126,8 +141,8 @@ class Bundle(ABC):
         cali_st: int,
         progress: Callable[[int], Any] | None = None,
     ) -> dict[str, list[Tensor]]:
-        """A calibration set of ``count`` images, recorded along DDIM trajectories (eta 0) of the network."""
-        sampler = self.sampler(device, timesteps=timesteps, eta=0.0, seed=seed)
+        """A calibration set of ``count`` images, recorded along the network's trajectories without noise in them."""
+        sampler = self.recording_sampler(device, timesteps=timesteps, seed=seed)
         return make_calibration_set(
             lambda indices, on_step: sampler(model, indices, on_step),
             n_samples=count,
@@ -137,6 +152,10 @@ class Bundle(ABC):
             context=self.context(sampler, count),
             progress=progress,
         )
+
+    def recording_sampler(self, device: torch.device | str, *, timesteps: int, seed: int) -> Sampler:
+        """Of calibration sets."""
+        return self.sampler(device, timesteps=timesteps, eta=0.0, seed=seed)
 
     @abstractmethod
     def calibration_samples(self, path: Path, *, cali_st: int, cali_n: int) -> CalibrationSet:
@@ -157,13 +176,24 @@ class Bundle(ABC):
         allow_tf32: bool = False,
         on_batch: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Images 0 ... count - 1 of a seed by DDIM, as :func:`qdiff.evaluation.sampling.sample_images` gives them."""
+        """Images 0 ... count - 1 of a seed, as :func:`qdiff.evaluation.sampling.sample_images` gives them."""
 
     def distance(self, images: Tensor, device: torch.device | str = "cpu") -> float:
         """Fréchet distance to the training images, on the bundled classifier's features."""
-        classifier = load_classifier(self.folder / SCORING[0], device)
-        reference = FeatureStatistics.load(self.folder / SCORING[1])
+        classifier = load_classifier(self.yardstick / SCORING[0], device)
+        reference = FeatureStatistics.load(self.yardstick / SCORING[1])
         return frechet_distance(image_statistics(classifier, images, "samples"), reference)
+
+    def asked_for(self, count: int) -> list[str] | None:
+        """Captions of the first images of :meth:`sample`; None where nothing is asked for in words."""
+        return None
+
+    def agreement(self, images: Tensor, device: torch.device | str = "cpu") -> dict[str, float] | None:
+        """How far the first images of :meth:`sample` show what they were asked for; None where nothing is asked for.
+
+        See :class:`qdiff.evaluation.text_agreement.Agreement`.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -176,7 +206,7 @@ class PixelBundle(Bundle):
 
     config_file: Path
 
-    files = ("model.safetensors", *SCORING)
+    files = ("model.safetensors",)
     origin = "the repository holds them"
     steps_are = "quad steps"
 
@@ -233,7 +263,7 @@ class LatentBundle(Bundle):
 
     scale: float = 1.0
 
-    files = ("model.safetensors", "config.yaml", *SCORING)
+    files = ("model.safetensors", "config.yaml")
     origin = "scripts/prepare_emoji_bundle.py makes them, of a model that scripts/train_ldm.py trained"
 
     @property
@@ -330,21 +360,128 @@ class LatentBundle(Bundle):
         on_batch: Callable[[int], None] | None = None,
     ) -> Tensor:
         sampler = self.sampler(device, timesteps=timesteps, eta=eta, seed=seed, allow_tf32=allow_tf32)
+        return self.sample_with(
+            sampler, model, count=count, batch_size=batch_size, inference=inference, on_batch=on_batch
+        )
+
+    def sample_with(
+        self,
+        sampler: latent.LatentSampler,
+        model: nn.Module,
+        *,
+        count: int,
+        batch_size: int,
+        inference: InferenceConfig = AS_IT_IS,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Images 0 ... count - 1 of a sampler: count x 3 x H x W float32 in [0, 1], on the CPU."""
         images = []
-        with torch.no_grad(), evaluating(model), tf32(allow_tf32):
+        with torch.no_grad(), evaluating(model), tf32(sampler.allow_tf32):
             predict = prepare(
                 model,
                 inference,
                 shape=(min(batch_size, count) * sampler.rows_per_image, *self.input_shape),
-                device=device,
+                device=sampler.device,
                 context_shape=sampler.context_shape,
-                allow_tf32=allow_tf32,
+                allow_tf32=sampler.allow_tf32,
             )
             for numbers in _batches(count, batch_size):
                 images.append(sampler.decode(sampler(predict, numbers)).cpu())
                 if on_batch is not None:
                     on_batch(len(numbers))
         return torch.cat(images)
+
+
+@dataclass(frozen=True)
+class TextBundle(LatentBundle):
+    """A text-to-image model, sampled by PLMS over even steps, as the published commands do.
+
+    What is drawn are captions of the training images: the groups in turn, as every group weighs equally in the
+    statistics that distances are measured to. The classifier and these statistics are another bundle's.
+
+    Attributes:
+        judges: folder of that other bundle.
+    """
+
+    judges: Path = field(kw_only=True)
+
+    files = ("model.safetensors", "config.yaml", NAMES, f"{TOKENIZER}/vocab.json", f"{TOKENIZER}/merges.txt")
+
+    @property
+    def yardstick(self) -> Path:
+        return self.judges
+
+    @property
+    def steps_are(self) -> str:
+        return f"PLMS steps, guidance {self.scale:g}, captions of the groups in turn"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"sampler": "plms"}
+
+    @cached_property
+    def model(self) -> text.TextModel:
+        """With its weights, but for its UNet."""
+        self.check()
+        model = text.TextModel(str(self.folder), str(self.folder / "config.yaml"))
+        model.load()
+        return model
+
+    @cached_property
+    def known(self) -> KnownImages:
+        """The training images, as the classifier sees them, with their captions.
+
+        Raises:
+            UserError: the file is damaged, or was made with another classifier.
+        """
+        try:
+            return KnownImages.load(self.folder / NAMES, self.judges / SCORING[0])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of image 0, 1, ... and over again."""
+        return self.known.in_turn(CAPTIONS_SEED)
+
+    def asked_for(self, count: int) -> list[str]:
+        return [self.captions[number % len(self.captions)] for number in range(count)]
+
+    def sampler(
+        self, device: torch.device | str, *, timesteps: int, eta: float, seed: int, allow_tf32: bool = False
+    ) -> text.TextSampler:
+        """
+        Raises:
+            ValueError: noise in the steps, which PLMS has not.
+        """
+        return self.drawing(self.captions, device, timesteps=timesteps, eta=eta, seed=seed, allow_tf32=allow_tf32)
+
+    def recording_sampler(self, device: torch.device | str, *, timesteps: int, seed: int) -> text.TextSampler:
+        """In another order than images are scored in: what is calibrated on is not what is measured."""
+        captions = self.known.in_turn(CAPTIONS_SEED + 1)
+        return self.drawing(captions, device, timesteps=timesteps, seed=seed)
+
+    def drawing(
+        self,
+        prompts: Sequence[str],
+        device: torch.device | str,
+        *,
+        timesteps: int,
+        seed: int,
+        eta: float = 0.0,
+        allow_tf32: bool = False,
+    ) -> text.TextSampler:
+        """The sampler of any prompts, in turn."""
+        if eta:
+            raise ValueError(f"eta {eta:g}: PLMS has no noise in its steps")
+        options = latent.SamplerOptions("plms", timesteps, eta, seed, scale=self.scale)
+        self.unet  # noqa: B018 - first out of the model, which the sampler moves to its device
+        return text.TextSampler(self.model, options, torch.device(device), prompts, allow_tf32=allow_tf32)
+
+    def agreement(self, images: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
+        judged = images[:CAPTIONS_JUDGED]
+        classifier = load_classifier(self.judges / SCORING[0], device)
+        return agreement(classifier, self.known, judged, self.asked_for(len(judged))).to_dict()
 
 
 def _batches(count: int, size: int) -> Iterator[Sequence[int]]:
@@ -360,5 +497,13 @@ BUNDLES: dict[str, Bundle] = {
         scale=1.5,
         quant={"weight_range": "mse"},
         calibration={"range_order": "first", "running_stat": True},
+    ),
+    # What is set is as published for Stable Diffusion; the guidance is this model's.
+    "emoji-text": TextBundle(
+        ROOT / "models" / "ldm" / "emoji-text",
+        judges=ROOT / "models" / "ldm" / "emoji64",
+        scale=2.0,
+        quant={"weight_range": "mse", "act_range": "mse", "sm_abit": 16},
+        calibration={"range_samples": 16, "running_stat": True},
     ),
 }

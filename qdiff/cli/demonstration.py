@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +68,17 @@ def comparison(rows: list[Row], *, batch: str, closing: str) -> list[str]:
     return text + [sentence for row in calibrated if (sentence := where_worse(row, nearest, full))]
 
 
-def show(rows: list[Row], table: str, folder: Path, *, title: str, started: float) -> None:
+def show(
+    rows: list[Row], table: str, folder: Path, *, title: str, started: float, captions: Sequence[str] | None = None
+) -> None:
     """Write picture and table into a folder, and print the table and where the picture is.
 
     Args:
         started: of the demo, on ``time.perf_counter``.
+        captions: of the images, in the order of every row.
     """
     picture = folder / "comparison.png"
-    comparison_picture({row.label: row.images for row in rows}, picture, title=title)
+    comparison_picture({row.label: row.images for row in rows}, picture, title=title, captions=captions)
     (folder / "comparison.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n")
     print(f"The images: {picture}   ({time.perf_counter() - started:.0f} s)")

@@ -53,8 +53,8 @@ def add_text_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="folder of the text encoder's tokenizer: vocab.json and merges.txt of CLIP, vocab.txt of BERT [looked for "
-        "in models/tokenizers/, in the hub's cache and on the hub]",
+        help="folder of the text encoder's tokenizer: vocab.json and merges.txt of CLIP, vocab.txt of BERT [beside the "
+        "config, where that says so; otherwise looked for in models/tokenizers/, in the hub's cache and on the hub]",
     )
     group.add_argument("--H", type=at_least(1), metavar="N", help="height of images in pixels [the config's]")
     group.add_argument("--W", type=at_least(1), metavar="N", help="width of images in pixels [the config's]")
@@ -164,7 +164,7 @@ class TextModel(LatentModel):
         path: checkpoint, or folder of one.
         config_path: YAML.
         overrides: ``key=value`` words that change the config.
-        tokenizer: folder of the text encoder's tokenizer, where it is not to be looked for.
+        tokenizer: folder of the text encoder's tokenizer, where it is neither beside the config nor to be looked for.
 
     Raises:
         UserError, ConfigError: a file is missing, the config is wrong, or the model is of another kind.
@@ -181,7 +181,10 @@ class TextModel(LatentModel):
                 "scripts/sample_diffusion_ldm.py the others"
             )
         self._check_condition("texts")
-        encoder.tokenizer_folder = tokenizer
+        if tokenizer is None:
+            encoder.look_beside(self.config_path)
+        else:
+            encoder.tokenizer_folder = tokenizer
         _ = encoder.tokenizer  # its absence is told before gigabytes are read
 
     @property
@@ -246,8 +249,9 @@ class TextSampler(LatentSampler):
         *,
         size: tuple[int | None, int | None] = (None, None),
         codes: int | None = None,
+        allow_tf32: bool = False,
     ):
-        super().__init__(model, options, device)
+        super().__init__(model, options, device, allow_tf32=allow_tf32)
         self.image_shape = model.latent_shape(*size)
         self.prompts, self.codes = tuple(prompts), codes
 

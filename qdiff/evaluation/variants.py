@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,11 +94,14 @@ def seconds_per_step(model: Callable[..., Tensor], *inputs: Tensor, repeats: int
     return median_seconds(lambda: model(*inputs), inputs[0].device, repeats=repeats)
 
 
-def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, columns: int = 12) -> None:
+def comparison_picture(
+    rows: dict[str, Tensor], path: Path, *, title: str, columns: int = 12, captions: Sequence[str] | None = None
+) -> None:
     """One row of images a variant, the same noise in the same column.
 
     Args:
         rows: label -> N x C x H x W in [0, 1]; the first ``columns`` images are shown.
+        captions: of the columns, for the top.
     """
     import matplotlib
 
@@ -106,9 +110,13 @@ def comparison_picture(rows: dict[str, Tensor], path: Path, *, title: str, colum
 
     shown = {label: images[:columns].cpu() for label, images in rows.items()}
     count = min(len(images) for images in shown.values())
+    tops = [textwrap.fill(caption, 13) for caption in (captions or ())[:count]]
+    room = 0.5 + 0.12 * max((1 + top.count("\n") for top in tops), default=0)
     figure, axes = pyplot.subplots(
-        len(shown), count, figsize=(0.8 * count + 2.6, 0.86 * len(shown) + 0.5), squeeze=False, layout="constrained"
+        len(shown), count, figsize=(0.8 * count + 2.6, 0.86 * len(shown) + room), squeeze=False, layout="constrained"
     )
+    for axis, top in zip(axes[0], tops, strict=False):
+        axis.set_title(top, fontsize=6)
     for (label, images), line in zip(shown.items(), axes, strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(

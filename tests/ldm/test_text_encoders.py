@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,17 @@ from torch import nn
 
 from ddim.config import ConfigError
 from ldm.modules.encoders import tokenizers
-from ldm.modules.encoders.modules import BERTEmbedder, FrozenCLIPEmbedder
-from ldm.modules.encoders.tokenizers import BERT, CLIP, TokenizerError, clip_vocabulary, load_tokenizer
+from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizers import (
+    BERT,
+    CLIP,
+    TokenizerError,
+    clip_vocabulary,
+    folder_beside,
+    learn_merges,
+    load_tokenizer,
+    tokenizer_files,
+)
 from ldm.modules.encoders.tokenizers import write_clip_tokenizer as write_clip
 from ldm.pretrained import with_clip_names
 from ldm.util import instantiate_from_config
@@ -127,7 +139,75 @@ def test_making_a_tokenizer_of_something_else(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+# Learned here.
+
+TEXTS = ["red heart", "Red Apple", "heart with arrow", "broken heart", "red car: light", "couple with heart-eyes"] * 3
+
+
+def merges_by_hand(words: list[str], count: int) -> list[tuple[str, str]]:
+    """Sennrich et al. 2016, algorithm 1; among equally frequent pairs that of the lowest numbers."""
+    vocabulary = {**clip_vocabulary([])}
+    del vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while len(merges) < count:
+        pairs = Counter(pair for word in spelled for pair in itertools.pairwise(word))
+        best = min(pairs, key=lambda pair: (-pairs[pair], vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))
+        for word in spelled:
+            at = 0
+            while at < len(word) - 1:
+                if (word[at], word[at + 1]) == best:
+                    word[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
+
+
+def test_merges_are_those_of_the_algorithm_and_the_same_every_time():
+    words = [word for text in TEXTS for word in re.findall(r"[a-z]+|[^a-z\s]+", text.lower())]
+    expected = merges_by_hand(words, 24)
+    for _ in range(3):  # hash tables are seeded anew
+        assert learn_merges(TEXTS, 24) == expected
+    assert len(learn_merges(["aab"] * 2, 50)) == 2  # all there are
+
+
+def test_a_learned_tokenizer_is_whole_for_other_programs_too(tmp_path):
+    from transformers import AutoTokenizer
+
+    write_clip(tmp_path / "own", learn_merges(TEXTS, 30), 24)
+    assert sorted(tokenizer_files(tmp_path / "own")) == ["merges.txt", "tokenizer_config.json", "vocab.json"]
+    ours = load_tokenizer(CLIP, "own", tmp_path / "own")
+    others = AutoTokenizer.from_pretrained(str(tmp_path / "own"))
+    tokens = ours(["red heart"])["input_ids"][0]
+    assert ours.convert_ids_to_tokens(tokens) == ["<|startoftext|>", "red</w>", "heart</w>", "<|endoftext|>"]
+    assert others(["red heart"])["input_ids"][0] == tokens
+    assert (others.model_max_length, others.pad_token) == (24, "<|endoftext|>")
+
+
 # Where tokenizers come from.
+
+
+def test_a_tokenizer_beside_the_config(tmp_path, clip_folder, monkeypatch):
+    config = tmp_path / "config.yaml"
+    monkeypatch.chdir(tmp_path)
+    encoder = FrozenCLIPEmbedder(version="./clip", max_length=16, text_config=SMALL)
+    encoder.look_beside("config.yaml")  # as relative as it is typed
+    assert encoder.tokenizer_folder == str(clip_folder)
+    assert len(encoder.tokenizer) == SMALL["vocab_size"]
+    assert folder_beside(config, "openai/clip-vit-large-patch14") is None
+    other = FrozenCLIPEmbedder(version="openai/clip", max_length=16, text_config=SMALL)
+    other.look_beside(config)
+    assert other.tokenizer_folder is None
+
+
+@pytest.mark.parametrize("name", ["./", "./.", "./../clip", "./a/../../clip", "./link"])
+def test_a_config_names_no_tokenizer_outside_its_folder(tmp_path, clip_folder, name):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "link").symlink_to(clip_folder)
+    with pytest.raises(TokenizerError, match="does not lie below the config's folder"):
+        folder_beside(home / "config.yaml", name)
 
 
 def test_without_a_tokenizer_the_error_names_files_and_places(no_hub, tmp_path):
@@ -180,6 +260,15 @@ def test_clip_embeddings_are_those_of_transformers(clip_folder):
     assert (both[0, 1:] - both[1, 1:]).abs().mean() > 0.1
     assert torch.allclose(both.mean(2), torch.zeros(2, 16), atol=1e-5)  # normalised: gains are 1 in a new model
     assert torch.allclose(both[0, 0], both[1, 0], atol=1e-6)  # the mask: nothing sees what comes after it
+
+
+def test_conditions_are_rows_of_numbers_and_one_of_them_is_none(clip_folder):
+    encoder, classes = clip(clip_folder), ClassEmbedder(4, n_classes=6)
+    with torch.no_grad():
+        assert torch.equal(encoder.encode(encoder.nothing[None]), encoder.unconditional(1))
+        assert torch.equal(classes.encode(classes.nothing[None]), classes.unconditional(1))
+        numbers = torch.tensor([[2], [0]])
+        assert torch.equal(classes.encode(numbers), classes({"class": numbers[:, 0]}))
 
 
 @pytest.mark.parametrize("spelling", ["own", "published"])

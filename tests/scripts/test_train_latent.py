@@ -16,8 +16,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim.pretrained import load_weights
+from ldm.data.emoji import PROMPTS, pack_split
+from ldm.modules.encoders.tokenizers import write_clip_tokenizer
 from ldm.pretrained import build_latent_diffusion, load_latent_diffusion
 from ldm.training import TrainOptions, learning_rate_factor, load_image_set, to_model, to_pixels
 from ldm.training_loop import fit
@@ -50,6 +54,22 @@ LATENT = copy.deepcopy(load_model_config(REPOSITORY / "configs" / "latent-diffus
 LATENT["params"] |= {"image_size": SIZE // 2, "first_stage_config": FIRST_STAGE}
 LATENT["params"]["unet_config"]["params"] |= {"channel_mult": [1], "attention_resolutions": [1]}
 LATENT["params"]["cond_stage_config"]["params"]["n_classes"] = CLASSES + 1
+TEXT = copy.deepcopy(load_model_config(REPOSITORY / "configs" / "latent-diffusion" / "emoji-text.yaml"))
+TEXT["params"] |= {"image_size": SIZE // 2, "first_stage_config": FIRST_STAGE}
+TEXT["params"]["unet_config"]["params"] |= {"channel_mult": [1], "attention_resolutions": [1], "context_dim": 16}
+MERGES = [("r", "e"), ("re", "d</w>")]
+TEXT["params"]["cond_stage_config"]["params"] |= {
+    "max_length": 12,
+    "text_config": {
+        "vocab_size": 514 + len(MERGES),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+    },
+}
+SCRIPTS = {"ae": autoencoder, "ldm": diffusion, "text": diffusion}
 
 
 def write_config(path: Path, model: dict[str, Any]) -> Path:
@@ -61,14 +81,19 @@ def write_images(folder: Path, part: str, count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     images = torch.randint(256, (count, 4, 4, 3), generator=generator, dtype=torch.uint8)
     images = images.repeat_interleave(SIZE // 4, 1).repeat_interleave(SIZE // 4, 2).contiguous()
-    save_file({"images": images, "labels": torch.arange(count) % CLASSES}, folder / f"{part}.safetensors")
+    labels = torch.arange(count) % CLASSES
+    captions = [f"red {number}" for number in range(count)]
+    path = folder / f"{part}.safetensors"
+    path.write_bytes(pack_split(images.numpy(), labels.tolist(), captions, captions, {}))
 
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with both configs, images under ``data``, and a first stage's random weights."""
+    """A folder with the configs, images under ``data``, a tokenizer, and a first stage's random weights."""
     write_config(tmp_path / "ae.yaml", FIRST_STAGE)
     write_config(tmp_path / "ldm.yaml", LATENT)
+    write_config(tmp_path / "text.yaml", TEXT)
+    write_clip_tokenizer(tmp_path / "tokenizer", MERGES, 12)
     (tmp_path / "data").mkdir()
     write_images(tmp_path / "data", "train", 12)
     write_images(tmp_path / "data", "heldout", 5)
@@ -80,14 +105,14 @@ def workplace(tmp_path: Path) -> Path:
 def command(workplace: Path, kind: str, *flags: str, **changes: Any) -> list[str]:
     options = {"config": workplace / f"{kind}.yaml", "data": workplace / "data", "logdir": workplace / kind}
     options |= {"steps": 4, "batch_size": 2, "device": "cpu", "seed": 3}
-    if kind == "ldm":
+    if kind != "ae":
         options |= {"first_stage": workplace / "ae.safetensors", "grid_steps": 2}
     return [f"--{key}={value}" for key, value in (options | changes).items() if value is not None] + list(flags)
 
 
 def run(workplace: Path, kind: str, *flags: str, **changes: Any) -> dict[str, Any]:
     """Train; returns the facts that were written."""
-    {"ae": autoencoder, "ldm": diffusion}[kind].main(command(workplace, kind, *flags, **changes))
+    SCRIPTS[kind].main(command(workplace, kind, *flags, **changes))
     folder = changes.get("logdir", workplace / kind)
     return json.loads((folder / "train.json").read_text())
 
@@ -97,14 +122,16 @@ def run(workplace: Path, kind: str, *flags: str, **changes: Any) -> dict[str, An
 
 def test_bundled_configs_fit_each_other_and_their_budgets() -> None:
     first_stage = load_model_config(REPOSITORY / "configs" / "autoencoder" / "emoji_kl.yaml")
-    latent = load_model_config(REPOSITORY / "configs" / "latent-diffusion" / "emoji64.yaml")
-    assert latent["params"]["first_stage_config"] == first_stage
-    with torch.device("meta"):
-        model = build_latent_diffusion(latent)
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    assert counts["first_stage_model"] == pytest.approx(0.95e6, rel=0.01)
-    assert counts["model"] == pytest.approx(4.08e6, rel=0.01)
-    assert model.image_size * model.first_stage_model.downsampling == 64
+    for name, unet, encoder in (("emoji64", 4.08e6, 640), ("emoji-text", 4.16e6, 0.78e6)):
+        latent = load_model_config(REPOSITORY / "configs" / "latent-diffusion" / f"{name}.yaml")
+        assert latent["params"]["first_stage_config"] == first_stage
+        with torch.device("meta"):
+            model = build_latent_diffusion(latent)
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        assert counts["first_stage_model"] == pytest.approx(0.95e6, rel=0.01)
+        assert counts["model"] == pytest.approx(unet, rel=0.01)
+        assert counts["cond_stage_model"] == pytest.approx(encoder, rel=0.01)
+        assert model.image_size * model.first_stage_model.downsampling == 64
 
 
 # ---- pieces --------------------------------------------------------------------------------------------------
@@ -145,14 +172,85 @@ def test_images_are_shifted_but_never_mirrored() -> None:
 def test_latents_are_scaled_to_unit_deviation_and_some_classes_dropped(workplace: Path) -> None:
     model = diffusion.build(LATENT, workplace / "ae.safetensors")
     data = load_image_set(workplace / "data", "train", SIZE)
-    latents = diffusion.encode_set(model.first_stage_model, data, "cpu")
+    latents = diffusion.encode_set(model, data, "cpu")
     assert latents.mean.shape == latents.std.shape == (12, 4, SIZE // 2, SIZE // 2)
     model.scale_factor.fill_(1 / diffusion.latent_std(latents))
     z, noise, t, classes = diffusion.DiffusionTask(model, latents, drop=0.25).draw(4000)
     assert float(z.std()) == pytest.approx(1, abs=0.02)
     assert float(noise.std()) == pytest.approx(1, abs=0.01)
     assert (int(t.min()), int(t.max())) >= (0, 900)
+    assert classes.shape == (4000, 1)
     assert float((classes == CLASSES).float().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def text_task(workplace: Path, drop: float = 0.1) -> Any:
+    """The model of captions on the workplace's images, with random weights."""
+    torch.manual_seed(0)
+    model = diffusion.build(TEXT, workplace / "ae.safetensors")
+    diffusion.find_tokenizer(model, workplace / "text.yaml", None)
+    latents = diffusion.encode_set(model, load_image_set(workplace / "data", "train", SIZE), "cpu")
+    model.scale_factor.fill_(1 / diffusion.latent_std(latents))
+    return diffusion.DiffusionTask(model, latents, drop)
+
+
+def test_captions_are_drawn_with_their_images_and_some_are_empty(workplace: Path) -> None:
+    task = text_task(workplace, drop=0.25)
+    encoder = task.model.cond_stage_model
+    z, _, _, tokens = task.draw(4000)
+    empty = (tokens == encoder.tokenize([""])).all(1)
+    assert float(empty.float().mean()) == pytest.approx(0.25, abs=0.03)
+    expected = encoder.tokenize([f"red {number}" for number in range(12)])
+    task.std.zero_()  # draws are the means themselves
+    z, _, _, tokens = task.draw(200)
+    for number in range(12):
+        mine = (tokens == expected[number]).all(1)
+        torch.testing.assert_close(z[mine], (task.mean[number] * task.model.scale_factor).expand_as(z[mine]))
+
+
+def test_the_loss_of_captions_compiles_whole_and_text_encoder_and_unet_learn_from_it(workplace: Path) -> None:
+    task = text_task(workplace)
+    for parameter in task.model.parameters():  # a new UNet ends in zeros, behind which nothing has a gradient
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    batch = task.draw(4)
+    loss = torch.compile(task.loss, backend="eager", fullgraph=True)(*batch)
+    assert torch.equal(loss, task.loss(*batch))
+    loss.backward()
+    parameters = dict(task.model.named_parameters())
+    assert not [name for name, p in parameters.items() if p.grad is not None and name.startswith("first_stage_model")]
+    for name, parameter in parameters.items():
+        if name.startswith(("cond_stage_model", "model")):
+            assert parameter.grad.any(), name
+
+
+def test_a_step_of_captions_leaves_nothing_to_the_host(workplace: Path) -> None:
+    """On tensors of a GPU without values, draw and loss may neither ask for values nor make tensors elsewhere."""
+    task = text_task(workplace)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, Tensor):
+                    seen.append((str(function), tensor.device.type))
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        for module in task.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    setattr(module, name, on_gpu(fake, tensor))
+        with Watch(), torch.no_grad():
+            loss = task.loss(*task.draw(4))
+    assert loss.shape == ()
+    assert len(seen) > 100
+    assert {device for _, device in seen} == {"cuda"}
+
+
+def on_gpu(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
+    moved = fake.from_tensor(tensor.detach()).to("cuda")
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------
@@ -172,16 +270,20 @@ class ConstantBatch(nn.Module):
         return self.task.loss(*batch)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("ae", 0.6), ("ldm", 0.8)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "precision", "share"),
+    [("ae", "fp32", 0.6), ("ae", "bf16", 0.6), ("ldm", "fp32", 0.8), ("text", "bf16", 0.8)],
+)
 def test_loss_falls_on_a_constant_batch(workplace: Path, kind: str, share: float, precision: str) -> None:
     torch.manual_seed(0)
     data = load_image_set(workplace / "data", "train", SIZE)
     if kind == "ae":
         task = autoencoder.FirstStageTask(instantiate_from_config(FIRST_STAGE), data.images, 1e-4)
+    elif kind == "text":
+        task = text_task(workplace)
     else:
         model = diffusion.build(LATENT, workplace / "ae.safetensors")
-        latents = diffusion.encode_set(model.first_stage_model, data, "cpu")
+        latents = diffusion.encode_set(model, data, "cpu")
         model.scale_factor.fill_(1 / diffusion.latent_std(latents))
         task = diffusion.DiffusionTask(model, latents, 0.1)
     frozen = {name: p.clone() for name, p in task.model.named_parameters() if not p.requires_grad}
@@ -225,7 +327,30 @@ def test_latent_model_is_written_whole(workplace: Path) -> None:
     assert Image.open(workplace / "ldm" / "samples.png").size[1:] == rows
 
 
-@pytest.mark.parametrize("kind", ["ae", "ldm"])
+def test_a_model_of_captions_is_written_with_its_tokenizer(workplace: Path) -> None:
+    elsewhere = (workplace / "tokenizer").rename(workplace / "words")
+    facts = run(workplace, "text", tokenizer=elsewhere)
+    folder = workplace / "text"
+    model = load_latent_diffusion(folder)
+    encoder = model.cond_stage_model
+    assert encoder.tokenizer_folder == str(folder / "tokenizer")
+    assert encoder.tokenize(["red"])[0, :4].tolist() == [514, 513, 515, 515]
+    assert model.get_learned_conditioning(["red 3"]).shape == (1, 12, 16)
+    assert Image.open(folder / "samples.png").size[1:] == (len(PROMPTS) * (SIZE + 2) + 2,)
+    start = {"first_stage": None, "init": folder / "model.safetensors", "lr": 1e-9}
+    again = run(workplace, "text", logdir=workplace / "on", tokenizer=elsewhere, **start)
+    assert again["init"]["tokenizer_sha256"] == facts["tokenizer_sha256"]
+    assert again["heldout_loss"] == pytest.approx(facts["heldout_loss"], abs=2e-3)
+
+
+def test_a_whole_model_gives_its_first_stage(workplace: Path) -> None:
+    run(workplace, "ldm", weights="fp32")
+    model = diffusion.build(TEXT, workplace / "ldm" / "model.safetensors")
+    own = load_file(workplace / "ae.safetensors")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.first_stage_model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["ae", "text"])
 def test_stopped_and_resumed_is_the_same_run(workplace: Path, kind: str) -> None:
     whole = run(workplace, kind, weights="fp32", logdir=workplace / "whole")
     stopped = run(workplace, kind, weights="fp32", minutes=1e-9)
@@ -294,7 +419,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(workplace: Path, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["ae", "ldm"])
+@pytest.mark.parametrize("kind", ["ae", "ldm", "text"])
 @pytest.mark.parametrize("flags", [(), ("--compile",)], ids=["eager", "compiled"])
 def test_captured_steps_learn_and_resume_on_a_gpu(workplace: Path, kind: str, flags: tuple[str, ...]) -> None:
     common = {"device": "cuda", "precision": "bf16", "steps": 1000, "batch_size": 8, "lr": 3e-3}
@@ -320,6 +445,12 @@ def test_averages_are_what_is_written(workplace: Path) -> None:
 def change_data(workplace: Path, **tensors: Tensor) -> None:
     path = workplace / "data" / "train.safetensors"
     save_file(load_file(path) | tensors, path)
+
+
+def write_captions(workplace: Path, captions: list[str]) -> None:
+    path = workplace / "data" / "train.safetensors"
+    content = load_file(path)
+    path.write_bytes(pack_split(content["images"].numpy(), content["labels"].tolist(), captions, captions, {}))
 
 
 def no_heldout(workplace: Path) -> None:
@@ -356,7 +487,23 @@ WRONG = {
     "two lengths": ("ldm", None, {"for_minutes": 1.0}, "not allowed with argument"),
     "no time": ("ldm", None, {"steps": None, "for_minutes": 0.0}, "--for_minutes 0.0"),
     "two starts": ("ldm", None, {"init": "ae.safetensors"}, "not allowed with argument"),
-    "no whole model": ("ldm", None, {"first_stage": None, "init": "ae.safetensors"}, "does not fit"),
+    "no whole model": ("ldm", None, {"first_stage": None, "init": "ae.safetensors"}, "holds no UNet"),
+    "tokenizer missing": ("text", lambda w: (w / "tokenizer" / "merges.txt").unlink(), {}, "holds no tokenizer"),
+    "tokenizer of another model": (
+        "text",
+        lambda w: write_clip_tokenizer(w / "tokenizer", MERGES[:1]),
+        {},
+        "has 515 tokens, the text encoder of",
+    ),
+    "tokenizer of no use": ("ldm", None, {"tokenizer": "tokenizer"}, "is conditional on classes"),
+    "no captions": (
+        "text",
+        lambda w: save_file(load_file(w / "data" / "train.safetensors"), w / "data" / "train.safetensors"),
+        {},
+        "has no captions",
+    ),
+    "long captions": ("text", lambda w: write_captions(w, ["red " * 11] * 12), {}, "12 captions have more than 12"),
+    "too few captions": ("text", lambda w: write_captions(w, ["red"] * 3), {}, "has 3 captions of 12 images"),
     "drop": ("ldm", None, {"drop": 1.5}, "--drop 1.5"),
 }
 
@@ -373,7 +520,7 @@ def test_wrong_input_gets_one_line_and_status_2(workplace: Path, case: str, caps
 
 def refused(workplace: Path, kind: str, message: str, capsys: Any, *flags: str, **changes: Any) -> None:
     with pytest.raises(SystemExit) as failure:
-        {"ae": autoencoder, "ldm": diffusion}[kind].main(command(workplace, kind, *flags, **changes))
+        SCRIPTS[kind].main(command(workplace, kind, *flags, **changes))
     assert failure.value.code == 2
     error = capsys.readouterr().err.partition("error: ")[2]
     assert message in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ldm.modules.encoders.tokenizers import (
     CLIP,
     TokenizerError,
     TokenizerKind,
+    folder_beside,
     import_transformers,
     load_tokenizer,
 )
@@ -46,7 +48,17 @@ class ClassEmbedder(nn.Module):
         classes = batch[self.key]
         if classes.numel() and (int(classes.min()) < 0 or int(classes.max()) >= self.n_classes):
             raise ValueError(f"class numbers must lie between 0 and {self.n_classes - 1}: {classes.tolist()}")
-        return self.embedding(classes.to(self.embedding.weight.device))[:, None]
+        return self.encode(classes.to(self.embedding.weight.device)[:, None])
+
+    def encode(self, numbers: Tensor) -> Tensor:
+        """Class numbers on the embedding's device, N x 1 -> N x 1 x embed_dim. They are not looked at, as that would
+        be waiting for the device."""
+        return self.embedding(numbers)
+
+    @property
+    def nothing(self) -> Tensor:
+        """The number that stands for "no condition", as one of the rows that :meth:`encode` takes: 1 int64."""
+        return torch.tensor([self.n_classes - 1])
 
     def unconditional(self, count: int) -> Tensor:
         """The embedding of "no condition", ``count`` times: count x 1 x embed_dim."""
@@ -58,7 +70,8 @@ class TextEncoder(nn.Module):
 
     Args:
         tokenizer: kind of it.
-        name: of the tokenizer on the hub, or a folder of it.
+        name: of the tokenizer on the hub, or a folder of it; one that begins with ``./`` lies in the folder of the
+            config that names it, see :meth:`look_beside`.
         max_length: tokens of every text: longer ones are cut, shorter ones filled up.
 
     Attributes:
@@ -85,6 +98,15 @@ class TextEncoder(nn.Module):
             self._tokenizer = found
         return self._tokenizer
 
+    def look_beside(self, config: str | Path) -> None:
+        """Take a tokenizer that is named relative to a config from that config's folder; others are left as they are.
+
+        Raises: as :func:`~ldm.modules.encoders.tokenizers.folder_beside`.
+        """
+        folder = folder_beside(config, self.tokenizer_name)
+        if folder is not None:
+            self.tokenizer_folder = str(folder)
+
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
@@ -96,8 +118,13 @@ class TextEncoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Numbers of tokens, N x L -> N x L x width."""
+        """Numbers of tokens, N x L -> N x L x width. Nothing waits for the device: it may be captured and compiled."""
         raise NotImplementedError
+
+    @property
+    def nothing(self) -> Tensor:
+        """The tokens of the empty text, as one of the rows that :meth:`encode` takes: L int64."""
+        return self.tokenize([""])[0]
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Numbers of tokens, N x ``max_length``."""
@@ -135,7 +162,7 @@ class FrozenCLIPEmbedder(TextEncoder):
     It is built from numbers and filled from the model's checkpoint, so nothing is fetched for it.
 
     Args:
-        version: of the tokenizer on the hub, or a folder of it.
+        version: of the tokenizer on the hub, or a folder of it, as :class:`TextEncoder`'s ``name``.
         device: accepted without effect: the encoder moves with the model.
         max_length: tokens of a text.
         text_config: what differs from ViT-L/14 (:data:`CLIP_TEXT`), in transformers' words.

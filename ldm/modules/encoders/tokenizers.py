@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ LOCAL_TOKENIZERS = REPOSITORY / "models" / "tokenizers"
 START, END = "<|startoftext|>", "<|endoftext|>"
 HUB_TIMEOUT_S = 5
 CLIP_MERGES = 49152 - 256 - 2  # what OpenAI's vocabulary of 49408 takes of its list of merges
+END_OF_WORD = "</w>"
+BESIDE = "./"
+"""Beginning of the name of a tokenizer that lies in the folder of the config that names it."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,31 @@ def import_transformers() -> Any:
     return transformers
 
 
+def folder_beside(config: str | Path, name: str) -> Path | None:
+    """The folder that a config means by the name of a tokenizer such as ``./tokenizer``: one below the config's own.
+
+    Returns:
+        None where the name is of another kind: the hub's, or any folder.
+
+    Raises:
+        TokenizerError: the name leads out of the config's folder, for instance through ``..`` or a link.
+    """
+    if not name.startswith(BESIDE):
+        return None
+    home = Path(config).absolute().parent.resolve()
+    folder = (home / name).resolve()
+    if folder == home or not folder.is_relative_to(home):
+        raise TokenizerError(f"{config}: the tokenizer {name!r} does not lie below the config's folder")
+    return folder
+
+
+def tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """Name and content of those files of a folder that tokenizers are read from."""
+    names = [name for kind in (CLIP, BERT) for names in kind.files for name in names] + ["tokenizer_config.json"]
+    paths = [Path(folder) / name for name in dict.fromkeys(names)]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
 def _local_folder(kind: TokenizerKind, name: str, folder: str | Path | None) -> Path | None:
     """The folder to read from; None where the hub or its cache is left."""
     if folder is not None:
@@ -164,13 +192,48 @@ def clip_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
     characters = [chr(code) for code in printable] + [chr(256 + number) for number in range(others)]
-    tokens = [*characters, *(f"{character}</w>" for character in characters)]
+    tokens = [*characters, *(f"{character}{END_OF_WORD}" for character in characters)]
     tokens += ["".join(pair) for pair in merges]
     return {token: number for number, token in enumerate([*tokens, START, END])}
 
 
-def write_clip_tokenizer(folder: str | Path, merges: Sequence[tuple[str, str]]) -> None:
+def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
+    """The merges of a CLIP tokenizer for these texts, the same for the same texts whenever it is asked.
+
+    Byte-pair encoding (Sennrich et al. 2016, algorithm 1) over words as CLIP's tokenizer splits them: of all pairs of
+    neighbouring tokens the most frequent one becomes a token, and so on. Pairs that occur once are not merged.
+
+    Args:
+        count: how many at most; fewer where the texts have no more.
+
+    Raises:
+        ConfigError: transformers is not installed.
+    """
+    transformers = import_transformers()
+    from tokenizers.trainers import BpeTrainer  # transformers brings it
+
+    bytes_alone = clip_vocabulary([])
+    backend = transformers.CLIPTokenizer(vocab=bytes_alone, merges=[]).backend_tokenizer
+    # Given as special tokens, bytes at the end of a word have their numbers beforehand. The library would number them
+    # in the order of a hash table, another one in every run, and ties between pairs are broken by these numbers.
+    singles = [token for token in bytes_alone if token not in (START, END)]
+    trainer = BpeTrainer(
+        vocab_size=len(singles) + count,
+        min_frequency=2,
+        special_tokens=singles,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+
+
+def write_clip_tokenizer(folder: str | Path, merges: Sequence[tuple[str, str]], max_length: int | None = None) -> None:
     """``vocab.json`` and ``merges.txt``, from which transformers reads a CLIP tokenizer.
+
+    Args:
+        max_length: tokens of a text; with it goes ``tokenizer_config.json``, which says that and which tokens are
+            marks, for programs that do not know the model.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -180,6 +243,10 @@ def write_clip_tokenizer(folder: str | Path, merges: Sequence[tuple[str, str]]) 
     (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges), ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if max_length is not None:
+        marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        facts = {"tokenizer_class": CLIP.class_name, "model_max_length": max_length, **marks}
+        (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def read_merges(text: str, count: int = CLIP_MERGES) -> list[tuple[str, str]]:
