@@ -494,7 +494,7 @@ BUNDLES: dict[str, Bundle] = {
     # What is set is as published for LSUN Bedroom.
     "emoji64": LatentBundle(
         ROOT / "models" / "ldm" / "emoji64",
-        scale=1.5,
+        scale=2.0,
         quant={"weight_range": "mse"},
         calibration={"range_order": "first", "running_stat": True},
     ),
