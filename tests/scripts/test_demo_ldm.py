@@ -46,7 +46,7 @@ def test_from_a_bundle_to_images_side_by_side(bundle: Path, tmp_path: Path, monk
     errors = [float(line.split("|")[3]) for line in lines[3:8]]
     assert all(0 < error < 2 for error in errors)
     assert errors[4] == errors[3]  # the same file twice
-    assert "3 images, 4 even steps, guidance 1.5, classes in turn; CPU" in table
+    assert "3 images, 4 even steps, guidance 2, classes in turn; CPU" in table
     assert (out / "comparison.png").stat().st_size > 1000
     shown = [line for line in said.splitlines() if line.startswith("$ python scripts/")]
     assert len(shown) == 8
