@@ -21,16 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.emoji import PROMPTS
-from qdiff.calibrate import calibrate
-from qdiff.checkpoint import packed_bytes, read_info
 from qdiff.cli import make_calibration_data, txt2img
 from qdiff.cli.bundles import BUNDLES, CAPTIONS_SEED, TextBundle
-from qdiff.cli.demonstration import Row, command, comparison, measured, quoted, say, show
+from qdiff.cli.demonstration import (
+    Row,
+    bundled_rows,
+    command,
+    comparison,
+    measured,
+    quantized_rows,
+    quoted,
+    say,
+    show,
+)
 from qdiff.cli.errors import exit_on_error
 from qdiff.cli.flags import Help, at_least
-from qdiff.config import CalibrationConfig
 from qdiff.evaluation.image_sets import load_image_set
-from qdiff.quant_model import QuantModel
 
 PROGRAM = "demo_txt2img.py"
 EMOJI = BUNDLES["emoji-text"]
@@ -140,15 +146,9 @@ def compare(
         return measured(label, model, held_out, size, images)
 
     rows = [measure("full precision", full, 4 * sum(p.numel() for p in full.parameters()), full_images)]
-    nearest = QuantModel.from_config(full, read_info(packed).quant)
     data = bundle.calibration_samples(calibration_set, cali_st=TIMESTEPS, cali_n=SAMPLES_A_STEP)
-    calibrate(nearest, data, CalibrationConfig(**bundle.calibration), mode="linear")
-    rows.append(measure("round to nearest W4A8", nearest, len(packed_bytes(nearest))))
-    rows.append(measure("this calibration W4A8", bundle.from_packed(packed), packed.stat().st_size, images))
-    for label, name in BUNDLED.items():
-        path = bundle.folder / name
-        rows.append(measure(label, bundle.from_packed(path), path.stat().st_size))
-    return rows
+    rows += quantized_rows(measure, bundle, full, packed, data, images)
+    return rows + bundled_rows(measure, bundle, BUNDLED)
 
 
 def summary(rows: list[Row], bundle: TextBundle) -> str:

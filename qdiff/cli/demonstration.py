@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from qdiff.calibrate import calibrate
+from qdiff.calibration_data import CalibrationSet
+from qdiff.checkpoint import packed_bytes, read_info
+from qdiff.cli.bundles import LatentBundle, TextBundle
+from qdiff.config import CalibrationConfig
 from qdiff.evaluation.image_metrics import psnr
 from qdiff.evaluation.variants import HeldOutInputs, comparison_picture, markdown_table, seconds_per_step
+from qdiff.quant_model import QuantModel
 
 ROWS_A_STEP = 32  # of the network's batch, whose time is measured
 
@@ -47,6 +53,36 @@ def measured(label: str, model: nn.Module, held_out: HeldOutInputs, size: int, i
     inputs = [held_out.x, held_out.t] + ([] if held_out.context is None else [held_out.context])
     seconds = seconds_per_step(model, *(column[:ROWS_A_STEP] for column in inputs), repeats=3)
     return Row(label, images, size, seconds, held_out.error(model).mean().item())
+
+
+def quantized_rows(
+    measure: Callable[..., Row],
+    bundle: LatentBundle | TextBundle,
+    full: nn.Module,
+    packed: Path,
+    data: CalibrationSet,
+    images: Tensor,
+) -> list[Row]:
+    """What a demo compares: plain rounding, and the calibration that it made.
+
+    Args:
+        measure: (label, model, bytes, images=None) -> the row; without images it samples them.
+        full: the full-precision network.
+        packed: the calibrated checkpoint, whose flags plain rounding takes; data: what sets its activation ranges.
+        images: from ``packed``, as the command made them.
+    """
+    nearest = QuantModel.from_config(full, read_info(packed).quant)
+    calibrate(nearest, data, CalibrationConfig(**bundle.calibration), mode="linear")
+    return [
+        measure("round to nearest W4A8", nearest, len(packed_bytes(nearest))),
+        measure("this calibration W4A8", bundle.from_packed(packed), packed.stat().st_size, images),
+    ]
+
+
+def bundled_rows(measure: Callable[..., Row], bundle: LatentBundle | TextBundle, names: Mapping[str, str]) -> list[Row]:
+    """Rows of a bundle's own checkpoints, label to file name."""
+    paths = {label: bundle.folder / name for label, name in names.items()}
+    return [measure(label, bundle.from_packed(path), path.stat().st_size) for label, path in paths.items()]
 
 
 def comparison(rows: list[Row], *, batch: str, closing: str) -> list[str]:
