@@ -50,7 +50,13 @@ class Sampler(Protocol):
 def image_bar(total: int, done: int = 0, *, hidden: bool = False) -> tqdm:
     """Progress in images; it moves on within a batch too, by fractions of them. Of none there is none."""
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    options = {"unit": " images", "desc": "sampling", "bar_format": layout, "smoothing": 0.05, "disable": hidden or not total}
+    options = {
+        "unit": " images",
+        "desc": "sampling",
+        "bar_format": layout,
+        "smoothing": 0.05,
+        "disable": hidden or not total,
+    }
     return tqdm(total=total, initial=done, **options)
 
 
