@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,10 @@ from qdiff.cli.demonstration import (
     bundled_rows,
     command,
     comparison,
+    fresh_folders,
     measured,
     quantized_rows,
+    quick_calibration,
     quoted,
     say,
     show,
@@ -73,11 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demonstrate(bundle: LatentBundle, args: argparse.Namespace) -> None:
     """The commands one after another, then all variants from the same noise."""
     started = time.perf_counter()
-    calibrated, resumed, improved = (args.out / name for name in ("calibrated", "resumed", "options"))
-    for old in (calibrated, resumed, improved):
-        shutil.rmtree(old, ignore_errors=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    calibrated, resumed, improved = fresh_folders(args.out, "calibrated", "resumed", "options")
     calibration_set = args.out / "calibration.pt"
     sampler = f"-r {quoted(bundle.folder)} -c {TIMESTEPS} -e 0 --scale {bundle.scale:g} --device cpu"
     weights = f"{sampler} --ptq --quant_act"
@@ -89,11 +86,7 @@ def demonstrate(bundle: LatentBundle, args: argparse.Namespace) -> None:
         f"make_calibration_data.py {sampler} -n {SAMPLES_A_STEP} --batch_size {SAMPLES_A_STEP} --seed 1 "
         f"--out {quoted(calibration_set)} --force",
     )
-    say(
-        f"2. Calibration of the UNet to 4-bit weights and 8-bit activations: {args.iters} + {args.iters_a} iterations "
-        f"a unit where the paper takes 20000 + 5000, and AdaRound's rate raised from 0.001 to {ROUNDING_RATE} to make "
-        "up for it"
-    )
+    say(f"2. {quick_calibration(args.iters, args.iters_a, ROUNDING_RATE)}")
     command(
         sample_ldm.main,
         f"sample_diffusion_ldm.py {weights} --weight_bit 4 --act_bit 8 --a_sym --a_min_max --running_stat --split "

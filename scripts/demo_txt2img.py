@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,10 @@ from qdiff.cli.demonstration import (
     bundled_rows,
     command,
     comparison,
+    fresh_folders,
     measured,
     quantized_rows,
+    quick_calibration,
     quoted,
     say,
     show,
@@ -75,10 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demonstrate(bundle: TextBundle, args: argparse.Namespace) -> None:
     """The commands one after another, then all variants from the same noise."""
     started = time.perf_counter()
-    full, calibrated, resumed = (args.out / name for name in ("full", "calibrated", "resumed"))
-    for old in (full, calibrated, resumed):
-        shutil.rmtree(old, ignore_errors=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    full, calibrated, resumed = fresh_folders(args.out, "full", "calibrated", "resumed")
     prompts, captions = args.out / "prompts.txt", args.out / "captions.txt"
     write_lines(prompts, args.prompts)
     others = [caption for caption in bundle.known.in_turn(CAPTIONS_SEED + 1) if caption not in args.prompts]
@@ -97,11 +95,7 @@ def demonstrate(bundle: TextBundle, args: argparse.Namespace) -> None:
         f"make_calibration_data.py --from-file {quoted(captions)} {sampler} -n {SAMPLES_A_STEP} --batch_size "
         f"{SAMPLES_A_STEP} --seed 1 --out {quoted(calibration_set)} --force",
     )
-    say(
-        f"3. Calibration of the UNet to 4-bit weights and 8-bit activations: {args.iters} + {args.iters_a} iterations "
-        f"a unit where the paper takes 20000 + 5000, and AdaRound's rate raised from 0.001 to {ROUNDING_RATE} to make "
-        "up for it"
-    )
+    say(f"3. {quick_calibration(args.iters, args.iters_a, ROUNDING_RATE)}")
     command(
         txt2img.main,
         f"txt2img.py --from-file {quoted(prompts)} --cond {sampler} {quant} --weight_bit 4 --quant_mode qdiff "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,23 @@ def command(function: Callable[[list[str]], int | None], line: str) -> None:
     print(f"$ python scripts/{line}\n", flush=True)
     if status := function(shlex.split(line)[1:]):
         raise SystemExit(status)
+
+
+def fresh_folders(out: Path, *names: str) -> list[Path]:
+    """Folders below ``out``, which is there then, for the commands to make: what earlier demos left in them is gone."""
+    out.mkdir(parents=True, exist_ok=True)
+    folders = [out / name for name in names]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folders
+
+
+def quick_calibration(iters: int, iters_a: int, rate: float) -> str:
+    """How a demo's calibration differs from the published one, for :func:`say`."""
+    return (
+        f"Calibration of the UNet to 4-bit weights and 8-bit activations: {iters} + {iters_a} iterations a unit where "
+        f"the paper takes 20000 + 5000, and AdaRound's rate raised from 0.001 to {rate} to make up for it"
+    )
 
 
 def quoted(path: Path) -> str:

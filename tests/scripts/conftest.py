@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -143,3 +145,15 @@ def text(tmp_path_factory) -> Callable[[str], TextMiniature]:
     """The miniature text-to-image model of a kind: ``sd`` or ``laion``; made when it is first asked for."""
     parent = tmp_path_factory.mktemp("text")
     return functools.cache(lambda kind: make_text_miniature(kind, parent))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder on a disk of its own; the test's parameter is its size, as ``mount`` takes it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root can mount a small disk, and not everywhere")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -147,17 +147,7 @@ def test_two_processes_go_on_with_what_one_began(half_made: Path, miniature, uni
     assert os.listdir(half_made.parent) == ["set.pt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("only root can mount a small disk, and not everywhere")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
 def test_full_disk(miniature, small_disk: Path, commands: Commands, failing, uninterrupted: bytes) -> None:
     """A real one, before the start and while the set is made."""
     out = killed_midway(miniature, small_disk / "set.pt", commands)

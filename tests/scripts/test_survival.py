@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import shlex
@@ -316,17 +315,7 @@ def test_sigterm_to_the_script_while_sampling(miniature, tmp_path) -> None:
 # A full disk.
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("only root can mount a small disk, and not everywhere")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["24m"], indirect=True)
 def test_full_disk(miniature, small_disk: Path, uninterrupted, failing, monkeypatch) -> None:
     """A real one: the next write fails, in whichever file it is."""
     ballast = small_disk / "ballast"
