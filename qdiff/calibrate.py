@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges
+from qdiff.act_ranges import RANGE_CHUNK, find_act_ranges, range_rows, update_running_ranges
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.memory import MemoryBudget, gpu_limit
+from qdiff.memory import MemoryBudget, gpu_limit, samples_at_once
 from qdiff.places import Collector
 from qdiff.primitives import reconstruction_loss
 from qdiff.progress import CalibrationProgress, FinishedUnit
@@ -197,6 +197,8 @@ def _learn(
         compact=config.precision != "fp32" and next(qnn.parameters()).device.type == "cuda",
         budget=budget,
         wanted={unit.path for unit in wanted},
+        batch=config.batch_size,
+        deterministic=config.deterministic,
     )
     numbers = {unit.path: number for number, unit in enumerate(qnn.units())}
     for stage in capture.stages():
@@ -237,7 +239,8 @@ def _set_act_ranges(
     if progress is not None and progress.restore_ranges(qnn):
         return
     inputs = _on_device(data, qnn)
-    find_act_ranges(qnn, inputs, range_rows(len(data.x), config))
+    chunk = samples_at_once(qnn, tuple(x[:1] for x in inputs), most=RANGE_CHUNK)
+    find_act_ranges(qnn, inputs, range_rows(len(data.x), config), chunk=chunk)
     if config.running_stat:
         update_running_ranges(qnn, inputs, config)
     if progress is not None and WORKERS.rank == 0:

@@ -259,6 +259,8 @@ class PairedCapture:
         compact: features wait in half precision.
         budget: what they may take; None takes what is free.
         wanted: paths of the units whose inputs will be asked for; None: of all.
+        batch: samples that units will learn from at once, for which memory is left.
+        deterministic: attention is not fused.
 
     Attributes:
         memory: the plan of where everything waits.
@@ -274,6 +276,8 @@ class PairedCapture:
         compact: bool = False,
         budget: MemoryBudget | None = None,
         wanted: Collection[str] | None = None,
+        batch: int = 0,
+        deterministic: bool = False,
     ):
         self.qnn, self.act_quant, self.wanted = qnn, act_quant, wanted
         self.device = next(qnn.parameters()).device
@@ -288,6 +292,8 @@ class PairedCapture:
             self.device,
             chunk=chunk,
             compact=compact,
+            batch=batch,
+            maps=act_quant or deterministic,
             learning_bytes=learning_bytes(qnn, weights=not act_quant),
             seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
         )

@@ -25,12 +25,15 @@ from torch import Tensor
 
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import Collector, Place, Shelf, compactable
+from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_model import QuantModel
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.6  # of what is free, where no budget is given
 GIB = 2**30
-_WORKING_COPIES = 4  # of a chunk's largest feature, in float32, that a forward pass holds at once
-_SMALLEST_CHUNK, _LARGEST_BATCH = 16, 128
+_WORKING_COPIES = 4  # of a chunk's largest tensor, in float32, that a forward pass holds at once
+_MAPS_AT_ONCE = 4 * GIB  # what maps may take while ranges are searched
+_LEARNING_COPIES = 6  # of a batch's attention map, that learning holds at once
+_SMALLEST_CHUNK, _LARGEST_BATCH = 4, 128
 _LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
 _FILE_BYTES_PER_SECOND = 1e9  # what a file may be expected to take and give
@@ -116,11 +119,13 @@ class Sizes:
         features: of one network's features between two stages, at their largest.
         units: of each unit's inputs and output, by path.
         boundaries: one before each stage.
+        attention_map: of the largest one, of all heads, in float32.
     """
 
     features: int
     units: dict[str, int]
     boundaries: tuple[Boundary, ...] = ()
+    attention_map: int = 0
 
 
 @torch.no_grad()
@@ -131,6 +136,10 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return x.numel() * (2 if compact and compactable(x) else x.element_size())
 
     units: dict[str, int] = {}
+    maps = [0]
+
+    def attended(block: BaseQuantBlock, args: tuple[Tensor, ...]) -> None:
+        maps.append(4 * block.attention_map_values(*args))
 
     def seen(path: str) -> Any:
         def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -139,6 +148,8 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return record
 
     handles = [unit.module.register_forward_hook(seen(unit.path)) for unit in qnn.units()]
+    blocks = [module for module in qnn.modules() if isinstance(module, BaseQuantBlock)]
+    handles += [block.register_forward_pre_hook(attended) for block in blocks]
     boundaries: list[Boundary] = []
     origins = connection_origins(qnn.model.stages())
     try:
@@ -153,7 +164,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     finally:
         for handle in handles:
             handle.remove()
-    return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries))
+    return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries), max(maps))
 
 
 def learning_bytes(qnn: QuantModel, *, weights: bool) -> int:
@@ -229,12 +240,16 @@ class MemoryPlan:
         *,
         chunk: int,
         compact: bool,
+        batch: int = 0,
+        maps: bool = False,
         learning_bytes: int = 0,
         seconds_of_pass: Callable[[int], float] = lambda chunk: math.inf,
     ) -> MemoryPlan:
         """Fit a calibration into a budget.
 
         Args:
+            batch: samples that are learned from at once.
+            maps: attention maps are tensors of their own. Fused attention makes none.
             learning_bytes: what the learned state of units will take on the device.
             seconds_of_pass: how long so many samples take through the network; asked only where it decides.
 
@@ -247,8 +262,8 @@ class MemoryPlan:
         host = _host_room(budget)
         gpu = 0
         if on_gpu:
-            largest_in_full = largest * (2 if compact else 1)
-            gpu, chunk = _gpu_room(budget, device, largest_in_full, min(chunk, rows), learning_bytes)
+            work = _Work(largest * (2 if compact else 1), sizes.attention_map if maps else 0, batch, learning_bytes)
+            gpu, chunk = _gpu_room(budget, device, work, min(chunk, rows))
         chunk = min(chunk, rows)
         unit = rows * largest
 
@@ -449,22 +464,61 @@ def _host_room(budget: MemoryBudget) -> int:
     return max(0, budget.host_bytes - there)
 
 
-def _gpu_room(budget: MemoryBudget, device: torch.device, largest: int, chunk: int, learning: int) -> tuple[int, int]:
+class _Work(NamedTuple):
+    """What computing takes, beside captured data, in bytes.
+
+    Attributes:
+        unit: a unit's inputs and output, a sample, in float32.
+        attention_map: the largest one that is a tensor of its own, a sample.
+        batch: samples that are learned from at once.
+        learning: what stays of it.
+    """
+
+    unit: int
+    attention_map: int
+    batch: int
+    learning: int
+
+    def passing(self, chunk: int) -> int:
+        """While ``chunk`` samples pass through a network."""
+        return _WORKING_COPIES * max(self.unit, self.attention_map) * chunk
+
+    def needed(self, chunk: int) -> int:
+        """Without which there is no beginning."""
+        return max(_WORKING_COPIES * self.unit * max(chunk, _LARGEST_BATCH), self.passing(chunk))
+
+    def wanted(self, chunk: int) -> int:
+        """With room for learning too."""
+        return max(self.needed(chunk), _LEARNING_COPIES * self.attention_map * self.batch)
+
+
+def _gpu_room(budget: MemoryBudget, device: torch.device, work: _Work, chunk: int) -> tuple[int, int]:
     """Bytes for captured data, beside what is there already and what computing takes, and samples at once."""
-    used = torch.cuda.memory_allocated(device) + learning
+    used = torch.cuda.memory_allocated(device) + work.learning
     free, _ = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - used
-    total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle - learning))
+    total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle - work.learning))
     room = total - used
-    while chunk > _SMALLEST_CHUNK and _WORKING_COPIES * largest * chunk > room // 2:
+    while chunk > _SMALLEST_CHUNK and work.passing(chunk) > room // 2:
         chunk //= 2
-    working = _WORKING_COPIES * largest * max(chunk, _LARGEST_BATCH)
-    if working > room:
+    if work.needed(chunk) > room:
         raise BudgetError(
-            f"computing alone takes about {(used + working) / GIB:.1f} GiB of GPU memory, more than the "
+            f"computing alone takes about {(used + work.needed(chunk)) / GIB:.1f} GiB of GPU memory, more than the "
             f"{total / GIB:.1f} GiB allowed; raise --cali_gpu_gb or lower --cali_batch_size"
         )
-    return room - working, chunk
+    return max(0, room - work.wanted(chunk)), chunk
+
+
+def samples_at_once(qnn: QuantModel, sample: tuple[Tensor, ...], *, most: int) -> int:
+    """How many samples to take through the network at once while it quantizes activations, by their attention maps.
+
+    It depends on the network alone: a search for ranges may see other values where samples are divided otherwise.
+
+    Args:
+        sample: one of the network's inputs.
+    """
+    attention_map = measure(qnn, sample, compact=False).attention_map
+    return max(1, min(most, _MAPS_AT_ONCE // max(1, _WORKING_COPIES * attention_map)))
 
 
 def free_host_bytes() -> int:

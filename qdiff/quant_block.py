@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizers import UniformAffineQuantizer
@@ -44,6 +44,14 @@ class BaseQuantBlock(nn.Module):
         tensor a forward pass, that of ``w`` ending in positions of q x positions of k. Empty for other blocks.
         """
         return {}
+
+    def attention_map_values(self, *inputs: Tensor) -> int:
+        """Of a block that attends: how many values the softmax map of all heads has. 0 for other blocks.
+
+        Args:
+            inputs: the block's.
+        """
+        return 0
 
     def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
         self.use_weight_quant, self.use_act_quant = weight_quant, act_quant

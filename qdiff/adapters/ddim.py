@@ -37,6 +37,9 @@ class QuantAttnBlock(BaseQuantBlock, AttnBlock):
     def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
         return {name: getattr(self, f"act_quantizer_{name}") for name in "qkvw"}
 
+    def attention_map_values(self, x: Tensor) -> int:
+        return len(x) * x[0, 0].numel() ** 2
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.use_act_quant:
             q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)

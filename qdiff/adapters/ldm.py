@@ -49,6 +49,9 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
         names = {"q": scores, "k": scores, "v": sums, "w": sums}
         return {name: product[f"act_quantizer_{name}"] for name, product in names.items()}
 
+    def attention_map_values(self, x: Tensor) -> int:
+        return len(x) * self.heads * x[0, 0].numel() ** 2
+
     def normalised(self, x: Tensor) -> Tensor:
         return fused.group_norm(self.norm, x, silu=False)
 
@@ -76,6 +79,10 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
 
     def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
         return {name: getattr(self, f"act_quantizer_{name}") for name in "qkvw"}
+
+    def attention_map_values(self, x: Tensor, context: Tensor | None = None) -> int:
+        source = x if context is None else context
+        return len(x) * self.heads * x.shape[1] * source.shape[1]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.use_act_quant:

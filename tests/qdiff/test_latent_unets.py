@@ -18,7 +18,9 @@ from qdiff.capture import PairedCapture
 from qdiff.checkpoint import load_quantized, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.inference import lower_precision
+from qdiff.memory import measure
 from qdiff.progress import source_hashes
+from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QUANTIZABLE, SplitQuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import TimedQuantizer, UniformAffineQuantizer
@@ -201,6 +203,19 @@ def test_units_come_in_the_order_of_the_network(kind: str) -> None:
     with torch.no_grad():
         qnn(*latent_inputs(kind, 1))
     assert units == ran
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_of_attention_maps_is_known(kind: str) -> None:
+    qnn, sample = with_grids(kind), latent_inputs(kind, 1)
+    maps = []
+    for block in (module for module in qnn.modules() if isinstance(module, BaseQuantBlock)):
+        for name, quantizer in block.attention_quantizers().items():
+            if name == "w":
+                quantizer.register_forward_pre_hook(lambda module, args: maps.append(args[0].numel()))
+    with torch.no_grad(), qnn.quant_state(True, True):
+        qnn(*sample)
+    assert measure(qnn, sample, compact=False).attention_map == 4 * max(maps)
 
 
 @pytest.mark.parametrize("kind", KINDS)

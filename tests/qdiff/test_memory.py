@@ -24,6 +24,7 @@ from qdiff.memory import (
     Sizes,
     connection_origins,
     measure,
+    samples_at_once,
 )
 from qdiff.pinned import Arena
 from qdiff.places import Collector, Shelf, mapped_empty, unpacked
@@ -283,6 +284,50 @@ def test_what_is_measured() -> None:
     assert half.units["conv_in"] == sizes.units["conv_in"] // 2
     assert sizes.features > 4 * 32 * 8 * 8
     assert sizes.features / 2 <= half.features < sizes.features  # timesteps stay as they are
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_attention_maps_are_measured(side: int) -> None:
+    qnn = with_grids()
+    sample = (torch.randn(1, 3, side, side), torch.ones(1))
+    seen = []
+    for quantizer in (q for path, q in qnn.act_quantizers().items() if path.endswith("act_quantizer_w")):
+        quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    with torch.no_grad(), qnn.quant_state(True, True):
+        qnn(*sample)
+    assert measure(qnn, sample, compact=False).attention_map == 4 * max(seen)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_attention_maps_limit_how_many_samples_pass_at_once() -> None:
+    sizes = dataclasses.replace(SIZES, attention_map=4000)
+    made = MemoryPlan.make(sizes, ROWS, MemoryBudget(gpu_bytes=87_000), CUDA, chunk=10, compact=False, maps=True)
+    assert made.chunk == 2  # 4 x 4000 x 2 is less than half of 80 000
+    fused = MemoryPlan.make(sizes, ROWS, MemoryBudget(gpu_bytes=87_000), CUDA, chunk=10, compact=False)
+    assert fused.chunk == 10
+
+
+@pytest.mark.usefixtures("gpu")
+def test_learning_from_attention_maps_leaves_less_room_for_data() -> None:
+    sizes = dataclasses.replace(SIZES, attention_map=100)
+    rooms = [
+        MemoryPlan.make(
+            sizes, ROWS, MemoryBudget(gpu_bytes=87_000), CUDA, chunk=10, compact=False, maps=True, batch=batch
+        ).unit_gpu_bytes
+        for batch in (1, 32, 1000)
+    ]
+    assert rooms[0] - rooms[1] == 6 * 100 * 32 - 4 * 400 * 10
+    assert rooms[2] == 0
+
+
+def test_ranges_are_searched_on_fewer_samples_at_once_where_maps_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    qnn, sample = with_grids(), noisy_inputs(1)
+    assert samples_at_once(qnn, sample, most=256) == 256
+    map_bytes = measure(qnn, sample, compact=False).attention_map
+    monkeypatch.setattr(memory, "_MAPS_AT_ONCE", 4 * map_bytes * 5 + 1)
+    assert samples_at_once(qnn, sample, most=256) == 5
+    monkeypatch.setattr(memory, "_MAPS_AT_ONCE", 1)
+    assert samples_at_once(qnn, sample, most=256) == 1
 
 
 def test_free_memory_is_found() -> None:
