@@ -36,6 +36,7 @@ _LEARNING_COPIES = 6  # of a batch's attention map, that learning holds at once
 _SMALLEST_CHUNK, _LARGEST_BATCH = 4, 128
 _LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
+_MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
 _FILE_BYTES_PER_SECOND = 1e9  # what a file may be expected to take and give
 _TRAVELLED = 6  # times the largest features' bytes: what one phase writes and reads again, roughly
 
@@ -574,7 +575,8 @@ def gpu_limit(budget: MemoryBudget | None, device: torch.device) -> Iterator[Non
     _, total = torch.cuda.mem_get_info(device)
     torch.cuda.empty_cache()
     _expand_segments(True)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget.gpu_bytes / total), device)
+    limit = max(0, budget.gpu_bytes - _MAPPED_AT_ONCE)  # the limit is looked at before a size is rounded up to pages
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     _limited.add(device)
     try:
         yield

@@ -12,6 +12,7 @@ activations (LSQ, Esser et al. 2020). It runs in one of two ways that compute th
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import itertools
 import logging
@@ -55,6 +56,7 @@ TRACE_POINTS = 20  # of each unit, where the loop looks at itself
 DIVERGED = 100.0  # times the loss of rounding to nearest (or of the first ranges): no use going on
 RETRY_RATE = 0.1  # of the learning rate, the second time
 _WORTH_TUNING = 4000  # iterations from which trying all convolution algorithms is taken to pay
+_ALWAYS_TUNED = contextvars.ContextVar("_ALWAYS_TUNED", default=False)
 _UNROLL = 10  # iterations a CUDA graph
 _GRAPH_WARMUP = 3  # iterations before one is captured, for allocators and autotuning
 
@@ -299,6 +301,16 @@ def capturing(config: CalibrationConfig) -> CalibrationConfig:
 
 
 @contextlib.contextmanager
+def always_tuned() -> Iterator[None]:
+    """Search for the fastest convolutions in short optimisations too: to time a few iterations of a long one."""
+    token = _ALWAYS_TUNED.set(True)
+    try:
+        yield
+    finally:
+        _ALWAYS_TUNED.reset(token)
+
+
+@contextlib.contextmanager
 def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int = 0) -> Iterator[None]:
     """The precision and determinism asked for, inside the ``with`` block.
 
@@ -311,7 +323,8 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     matmul.allow_tf32 = cudnn.allow_tf32 = config.precision != "fp32" and config.engine != "eager"
-    cudnn.benchmark = repeats >= _WORTH_TUNING and not config.deterministic
+    often = repeats >= _WORTH_TUNING or (repeats and _ALWAYS_TUNED.get())
+    cudnn.benchmark = bool(often and not config.deterministic)
     cudnn.deterministic = config.deterministic
     kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
     half = config.precision == "bf16" and config.engine != "eager"

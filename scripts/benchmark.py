@@ -14,6 +14,7 @@ and the commit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -70,7 +71,7 @@ from qdiff.inference import InferenceConfig, prepare, tf32, why_not_compiled
 from qdiff.memory import MemoryBudget
 from qdiff.primitives import reconstruction_loss, search_grid
 from qdiff.quant_model import QuantModel, Unit, evaluating
-from qdiff.reconstruction import UnitReport, reconstruct_activations, reconstruct_weights
+from qdiff.reconstruction import UnitReport, always_tuned, reconstruct_activations, reconstruct_weights
 
 PROGRAM = "benchmark.py"
 CALIBRATION = importlib.import_module("qdiff.calibrate")  # the module; the package has a function of that name
@@ -366,7 +367,9 @@ class Breakdown:
 def benchmark_calibration(args: Any) -> Result:
     started = time.perf_counter() - seconds_of_process()
     with profiled(args) as profile:
-        parts = run_calibration(args, started=started, units=args.units)
+        parts = run_calibration(
+            args, started=started, units=args.units, long_ones=bool(args.full_iters or args.full_iters_a)
+        )
     wanted = {"weights": args.full_iters, "activations": args.full_iters_a}
     whole = parts.extrapolated(wanted)
     lines = [[name, f"{getattr(whole, name):.1f}", f"{getattr(whole, name) / whole.total:.0%}"] for name in whole.PARTS]
@@ -413,8 +416,8 @@ def extrapolation_note(parts: Breakdown, args: Any) -> str:
     note = (
         f"An extrapolation, not a measurement: {args.iters} + {args.iters_a} iterations a unit ran, in "
         f"{parts.total:.1f} s altogether; the table has the time of {args.full_iters or args.iters} + "
-        f"{args.full_iters_a or args.iters_a}, each as long as the mean of those that ran. Long optimisations choose "
-        "their convolutions by trying all, which short ones do not."
+        f"{args.full_iters_a or args.iters_a}, each as long as the mean of those that ran. Convolutions were chosen by "
+        "trying all, as in an optimisation of that length."
     )
     if failed:
         note += f" Not counted are {len(failed)} units that stopped before the end: {', '.join(failed)}."
@@ -427,7 +430,13 @@ def compile_seconds() -> float:
 
 
 def run_calibration(
-    args: Any, *, started: float, units: int | None = None, samples: int | None = None, **changes: Any
+    args: Any,
+    *,
+    started: float,
+    units: int | None = None,
+    samples: int | None = None,
+    long_ones: bool = False,
+    **changes: Any,
 ) -> Breakdown:
     """One calibration as the sampling command does it, to a checkpoint in a temporary folder.
 
@@ -435,6 +444,7 @@ def run_calibration(
         started: when the clock of the set-up began, on ``time.perf_counter``.
         units: learn only so many.
         samples: of each timestep, in place of ``args.cali_n``.
+        long_ones: its few iterations stand for many: convolutions are chosen as for many.
         changes: fields of :class:`CalibrationConfig`.
     """
     device, network = args.device, network_of(args)
@@ -456,7 +466,8 @@ def run_calibration(
             bar.set_description(progress.report.name, refresh=False)
             bar.update(progress.index + 1 - bar.n)
 
-        with clock.timing_ranges(qnn), only(chosen), heard(parts.plans):
+        tuning = always_tuned() if long_ones else contextlib.nullcontext()
+        with clock.timing_ranges(qnn), only(chosen), heard(parts.plans), tuning:
             calibrate(qnn, data, options, on_unit=done, budget=budget)
     clock.finish()
     with tempfile.TemporaryDirectory() as folder:
