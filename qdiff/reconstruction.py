@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdiff import fused
+from qdiff.attention import half_precision
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig
 from qdiff.graphs import recording, side_stream
@@ -329,7 +330,7 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
     kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
     half = config.precision == "bf16" and config.engine != "eager"
     # The gradients of fused attention are added up in whatever order they come.
-    attention = sdpa_kernel(SDPBackend.MATH) if config.deterministic else contextlib.nullcontext()
+    attention = sdpa_kernel(SDPBackend.MATH) if config.deterministic else half_precision(cudnn.allow_tf32 and not half)
     try:
         with kernels, attention, torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
             yield

@@ -27,6 +27,8 @@ class AttentionBlock(nn.Module):
             they are the heads, each cut into q, k and v: what the published latent models have.
     """
 
+    fused_attention = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, channels: int, heads: int, *, heads_inside: bool = False):
         super().__init__()
         self.heads, self.heads_inside = heads, heads_inside
@@ -52,7 +54,7 @@ class AttentionBlock(nn.Module):
         """softmax(q k / sqrt(K)) v for each head, N x A x K x P."""
         # Fused attention wants the channels of a head next to each other in memory.
         q, k, v = (x.transpose(2, 3).contiguous() for x in (q, k, v))  # N, A, P, K
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        return self.fused_attention(q, k, v).transpose(2, 3)
 
 
 class CrossAttention(nn.Module):
@@ -61,6 +63,8 @@ class CrossAttention(nn.Module):
     Args:
         context_dim: width of a context's tokens; None for self-attention.
     """
+
+    fused_attention = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None):
         super().__init__()
@@ -81,7 +85,7 @@ class CrossAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k / sqrt(K)) v for each head: q N x A x P x K, the others N x A x L x K -> N x A x P x K."""
-        return F.scaled_dot_product_attention(q, k, v)
+        return self.fused_attention(q, k, v)
 
 
 class GEGLU(nn.Module):

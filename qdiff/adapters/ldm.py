@@ -12,6 +12,7 @@ from ldm.modules.attention import AttentionBlock, CrossAttention, TransformerBlo
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff import fused
 from qdiff.adapters import Adapter
+from qdiff.attention import attention
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -34,6 +35,7 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
     """
 
     kind = "attention block"
+    fused_attention = staticmethod(attention)
 
     def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
         products = {"qkv_matmul": {"q": act, "k": act}, "smv_matmul": {"v": act, "w": softmax}}
@@ -72,6 +74,7 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
     """
 
     kind = "attention"
+    fused_attention = staticmethod(attention)
 
     def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
         for name, quantizer in _act_quantizers({"q": act, "k": act, "v": act, "w": softmax}).items():
