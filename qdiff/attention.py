@@ -4,20 +4,25 @@ PyTorch's fused attention for float32 makes up for the digits that TF32 drops, w
 it has a kernel several times as fast. Both types have ten bits after the point. What float16 lacks is range: a loss's
 gradients are far below its smallest numbers. Powers of two, chosen on the device from the largest value of a tensor,
 bring each into range and are divided out exactly.
+
+Where the softmax map is quantized it must be a tensor, for some blocks a very large one: :func:`by_heads` keeps only a
+part of it at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that learning keeps whole
 _in_half = contextvars.ContextVar("_in_half", default=False)
 # Largest gradient in float16. A key that all of 8192 positions attend to adds up to 65 536, where float16 ends.
 _LARGEST_GRADIENT = 3  # as a power of two
@@ -103,3 +108,29 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
     """x 2^e; two factors, so that neither leaves the range of float32 where the product does not."""
     first = (exponent / 2).floor()
     return x * first.exp2() * (exponent - first).exp2()
+
+
+def by_heads(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, *, map_values: int
+) -> Tensor:
+    """Attention with a map in memory, a group of heads at a time where gradients are wanted and the map is large.
+
+    A group's map is computed again for its gradients and not kept: the same values, less memory, more time. Without
+    gradients all heads are computed at once, since what looks at a quantizer wants to see the whole map.
+
+    Args:
+        attend: of the heads that it is given.
+        q, k, v: axis 1 is that of the heads.
+        map_values: of the map of all heads.
+
+    Returns:
+        What ``attend`` returns, whose axis 1 is that of the heads too.
+    """
+    groups = -(-4 * map_values // LARGEST_MAP)
+    if groups <= 1 or not torch.is_grad_enabled():
+        return attend(q, k, v)
+    size = max(1, q.shape[1] // groups)
+    parts = zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True)
+    # Nothing here is random, and a CUDA graph may not look at the state of the generator.
+    again = (checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+    return torch.cat([*again], dim=1)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qdiff.attention import LARGEST_MAP
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import Collector, Place, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
@@ -490,7 +491,7 @@ class _Work(NamedTuple):
 
     def wanted(self, chunk: int) -> int:
         """With room for learning too."""
-        return max(self.needed(chunk), _LEARNING_COPIES * self.attention_map * self.batch)
+        return max(self.needed(chunk), _LEARNING_COPIES * min(LARGEST_MAP, self.attention_map * self.batch))
 
 
 def _gpu_room(budget: MemoryBudget, device: torch.device, work: _Work, chunk: int) -> tuple[int, int]:

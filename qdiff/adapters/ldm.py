@@ -12,7 +12,7 @@ from ldm.modules.attention import AttentionBlock, CrossAttention, TransformerBlo
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff import fused
 from qdiff.adapters import Adapter
-from qdiff.attention import attention
+from qdiff.attention import attention, by_heads
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -63,8 +63,13 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
         scores, sums = self.attention["qkv_matmul"], self.attention["smv_matmul"]
         scale = q.shape[2] ** -0.25
         q, k = scores["act_quantizer_q"](q * scale), scores["act_quantizer_k"](k * scale)  # N, A, K, P
-        weights = sums["act_quantizer_w"]((q.transpose(2, 3) @ k).softmax(dim=3))  # N, A, P (of q), P (of k)
-        return sums["act_quantizer_v"](v) @ weights.transpose(2, 3)
+        v = sums["act_quantizer_v"](v)
+
+        def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = sums["act_quantizer_w"]((q.transpose(2, 3) @ k).softmax(dim=3))  # N, A, P (of q), P (of k)
+            return v @ weights.transpose(2, 3)
+
+        return by_heads(summed, q, k, v, map_values=q[:, :, 0].numel() * k.shape[3])
 
 
 class QuantCrossAttention(BaseQuantBlock, CrossAttention):
@@ -91,8 +96,12 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         if not self.use_act_quant:
             return super().attend(q, k, v)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
-        weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
-        return self.act_quantizer_w(weights) @ v
+
+        def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
+            return self.act_quantizer_w(weights) @ v
+
+        return by_heads(summed, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
 
 
 class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import AttentionBlock, CrossAttention
+from qdiff import attention
 from qdiff.act_ranges import find_act_ranges, update_running_ranges
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet
@@ -233,6 +234,38 @@ def test_units_see_what_they_see_in_the_whole_network(kind: str) -> None:
             assert torch.equal(data.target, targets_expected[unit.path][1]), unit.path
             paths.append(unit.path)
     assert paths == [unit.path for unit in qnn.units()]
+
+
+def step_gradients(qnn: QuantModel, kind: str) -> dict[str, Tensor]:
+    """Of a loss of the whole network, of all activation step sizes."""
+    deltas = {path: quantizer.delta.requires_grad_() for path, quantizer in qnn.act_quantizers().items()}
+    with qnn.quant_state(True, True):
+        out = qnn(*latent_inputs(kind, 2))
+    return dict(zip(deltas, torch.autograd.grad(out.square().mean(), [*deltas.values()]), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad_ckpt", [False, True])
+def test_large_maps_are_learned_from_by_parts(kind: str, grad_ckpt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients; no map of more than one head is ever there."""
+    qnn, seen = with_grids(kind), []
+    for path, quantizer in qnn.act_quantizers().items():
+        if path.endswith("act_quantizer_w"):
+            quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    qnn.set_grad_ckpt(grad_ckpt)
+    whole = step_gradients(qnn, kind)
+    heads = max(seen)
+    assert heads > 1
+    seen.clear()
+    monkeypatch.setattr(attention, "LARGEST_MAP", 1)
+    parts = step_gradients(qnn, kind)
+    assert set(seen) == {1}
+    for path, gradient in whole.items():
+        torch.testing.assert_close(parts[path], gradient, rtol=1e-4, atol=1e-6, msg=path)
+    seen.clear()
+    with torch.no_grad(), qnn.quant_state(True, True):
+        qnn(*latent_inputs(kind, 2))
+    assert max(seen) == heads
 
 
 # Calibrating, saving, sampling.
