@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,13 @@ from torch import nn
 
 from qdiff.config import QuantConfig
 from qdiff.quant_block import BaseQuantBlock
+
+# The class of a network -> the module of its adapter, which is imported when such a network is wrapped.
+FAMILIES = {
+    "ddim.unet.UNet": "ddim",
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": "ldm",
+    "ddim.diffusers_unet.StagedUNet2D": "diffusers",
+}
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,7 @@ def find_adapter(unet: nn.Module) -> Adapter:
     Raises:
         TypeError: no family claims the class.
     """
-    from qdiff.adapters.ddim import ADAPTER as DDIM
-    from qdiff.adapters.ldm import ADAPTER as LDM
-
-    known = {"ddim.unet.UNet": DDIM, "ldm.modules.diffusionmodules.openaimodel.UNetModel": LDM}
     for cls in type(unet).__mro__:
-        adapter = known.get(f"{cls.__module__}.{cls.__qualname__}")
-        if adapter is not None:
-            return adapter
-    raise TypeError(f"{type(unet).__name__} is not a UNet that can be quantized; known: {', '.join(known)}")
+        if name := FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}"):
+            return importlib.import_module(f"qdiff.adapters.{name}").ADAPTER
+    raise TypeError(f"{type(unet).__name__} is not a UNet that can be quantized; known: {', '.join(FAMILIES)}")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ddim.config import PixelConfig, load_config
-from ddim.unet import UNet
+from ddim.config import PixelConfig
+from ddim.models import build, load_pixel_config
 from qdiff.calibration_data import load_calibration_set
 from qdiff.checkpoint import is_packed, load_quantized, read_info, save_packed
 from qdiff.cli.errors import UserError, exit_on_error, lower_on_out_of_memory
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     check_args(parser, args)
     with exit_on_error(PROGRAM, verbose=args.verbose):
-        run(parser, args, load_config(args.config))
+        run(parser, args, load_pixel_config(args.config))
     return 0
 
 
@@ -99,7 +99,7 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
         args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=image_shape(config)
     )
     # The published format brings the full-precision weights itself.
-    unet = load_full_precision(args, config) if is_packed(path) else UNet.from_config(config)
+    unet = load_full_precision(args, config) if is_packed(path) else build(config)
     model = QuantModel.from_config(unet.eval(), quant)
     load_quantized(path, model, quant_act=quant.quant_act, keep_full_precision=True)
     model.to(resolve_device(args.device))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddim.config import load_config
+from ddim.models import load_pixel_config
 from qdiff.act_ranges import find_act_ranges
 from qdiff.adapters import find_adapter
 from qdiff.calibration_data import CalibrationSet, get_train_samples, load_calibration_set, make_calibration_set
@@ -173,7 +173,7 @@ class Subject:
 
 def pixel_subject(parser: Parser, args: argparse.Namespace) -> Subject:
     """The model of ``--config``."""
-    config = load_config(args.config)
+    config = load_pixel_config(args.config)
     pixel.check_sampler_flags(parser, args, config)
     sampler = pixel.PixelSampler(config, pixel.SamplerOptions.from_args(args), resolve_device(args.device))
     _check_steps(parser, args, sampler)

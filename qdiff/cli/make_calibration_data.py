@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ddim.config import load_config
+from ddim.models import load_pixel_config
 from qdiff.cli import latent, pixel, text
 from qdiff.cli.errors import exit_on_error
 from qdiff.cli.flags import Parser, add_common_flags, at_least, check_file, check_out, real, resolve_device
@@ -268,7 +268,7 @@ def make(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def of_pixels(parser: Parser, args: argparse.Namespace) -> Source:
-    config = load_config(args.config)
+    config = load_pixel_config(args.config)
     pixel.check_sampler_flags(parser, args, config)
     sampler = pixel.PixelSampler(config, pixel.SamplerOptions.from_args(args), resolve_device(args.device))
     check_steps(parser, args.cali_st, sampler)

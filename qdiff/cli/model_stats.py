@@ -13,8 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-from ddim.config import load_config
-from ddim.unet import UNet
+from ddim.models import build, load_pixel_config
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config, load_model_config
 from qdiff.cli.errors import UserError, exit_on_error
@@ -88,7 +87,8 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what can be refused before the config is read."""
     if (args.config is None) == (args.resume_base is None):
         parser.error("say which model: --config FILE, or -r PATH for a latent one")
-    check_file(parser, args, "config", "the repository's configs/ and models/ have some")
+    if not (args.config and Path(args.config).is_dir()):
+        check_file(parser, args, "config", "the repository's configs/ and models/ have some")
     if not args.quant_act:
         for name in NEEDS_QUANT_ACT:
             if name in args.given:
@@ -158,6 +158,8 @@ def _config_beside(path: Path) -> Path:
 
 def _is_latent(path: Path) -> bool:
     """Whether a config is of a latent model: those name what to build. Broken files are left to their own readers."""
+    if path.is_dir():  # diffusers saved it
+        return False
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -167,10 +169,10 @@ def _is_latent(path: Path) -> bool:
 
 
 def _pixel_subject(path: Path) -> Subject:
-    config = load_config(path)
+    config = load_pixel_config(path)
     with torch.device("meta"):
         try:
-            unet = UNet.from_config(config)
+            unet = build(config)
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
             raise UserError(f"{path}: the network cannot be built: {error}") from None
     return Subject(path, unet.eval(), image_shape(config))

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddim.config import ConfigError, PixelConfig
+from ddim.diffusers_config import DiffusersConfig
 from ddim.dpm_solver import dpm_solver_sample
+from ddim.models import build
 from ddim.noise import ImageNoise
 from ddim.pretrained import CheckpointUnavailable, checkpoint_path, load_weights
 from ddim.samplers import EpsilonModel, OnStep, ddim_sample, ddpm_sample
 from ddim.schedule import SKIP_TYPES, alphas_cumprod, make_betas, sampling_timesteps
-from ddim.unet import UNet
 from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, check_file, real
 from qdiff.inference import tf32
@@ -39,7 +40,10 @@ def add_model_flags(parser: Parser, *, title: str = "model", required: bool = Tr
     """
     group = parser.add_argument_group(title)
     group.add_argument(
-        "--config", required=required, metavar="FILE", help="the model's YAML file, one of configs/*.yml"
+        "--config",
+        required=required,
+        metavar="FILE",
+        help="the model's YAML file, one of configs/*.yml, or a folder that diffusers saved, with its own weights",
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
@@ -87,9 +91,11 @@ def check_model_flags(parser: Parser, args: argparse.Namespace, *, standalone: b
     """Args:
     standalone: a calibrated checkpoint stands in for the full-precision weights.
     """
-    check_file(parser, args, "config", "the repository's configs/ has some")
+    of_diffusers = Path(args.config).is_dir()
+    if not of_diffusers:
+        check_file(parser, args, "config", "the repository's configs/ has some")
     check_file(parser, args, "ckpt", "--use_pretrained takes the published weights instead")
-    if not (args.use_pretrained or args.ckpt or standalone):
+    if not (args.use_pretrained or args.ckpt or standalone or of_diffusers):
         parser.error(
             "say where the full-precision weights come from: --use_pretrained (published or bundled) or --ckpt FILE"
         )
@@ -190,6 +196,8 @@ def architecture(config: PixelConfig) -> dict[str, Any]:
     """The keys of the config that decide which layers the UNet has, and their values."""
     keys = ("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv")
     layers = {f"model.{key}": getattr(config.model, key) for key in keys}
+    if isinstance(config, DiffusersConfig):
+        layers |= {f"unet.{key}": value for key, value in config.unet.items() if not key.startswith("_")}
     return {"data.image_size": config.data.image_size, **layers}
 
 
@@ -202,6 +210,10 @@ def weights_path(args: argparse.Namespace, config: PixelConfig) -> Path:
     """
     if args.ckpt:
         return Path(args.ckpt)
+    if isinstance(config, DiffusersConfig):
+        if not config.weights.is_file():
+            raise UserError(f"{config.folder}: has no {config.weights.name}; save it in that form, or name --ckpt")
+        return config.weights
     try:
         return checkpoint_path(config)
     except CheckpointUnavailable:
@@ -210,14 +222,14 @@ def weights_path(args: argparse.Namespace, config: PixelConfig) -> Path:
         raise UserError(f"--use_pretrained: {error}") from None
 
 
-def load_full_precision(args: argparse.Namespace, config: PixelConfig) -> UNet:
+def load_full_precision(args: argparse.Namespace, config: PixelConfig) -> nn.Module:
     """The UNet of the config with the weights the flags name, on the CPU, in eval mode.
 
     Raises:
         UserError: the weights are damaged or of another architecture.
     """
     path = weights_path(args, config)
-    model = UNet.from_config(config).eval()
+    model = build(config).eval()
     try:
         load_weights(path, model, args.config)
     except ValueError as error:

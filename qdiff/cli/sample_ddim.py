@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ddim.config import PixelConfig, load_config
+from ddim.config import PixelConfig
+from ddim.models import build, load_pixel_config
 from ddim.transforms import to_images
-from ddim.unet import UNet
 from qdiff.calibration_data import CalibrationSet, load_calibration_set
 from qdiff.cli.errors import exit_on_error
 from qdiff.cli.flags import (
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     check_args(parser, args)
     with exit_on_error(PROGRAM, verbose=args.verbose):
-        config = load_config(args.config)
+        config = load_pixel_config(args.config)
         check_sampler_flags(parser, args, config)
         with joined_processes(resolve_device(args.device)):
             run(parser, args, PixelTask(args, config), command=[*typed_command(PROGRAM), *words])
@@ -132,7 +132,7 @@ class PixelTask:
         )
 
     def network(self, *, weights: bool) -> nn.Module:
-        return load_full_precision(self.args, self.config) if weights else UNet.from_config(self.config)
+        return load_full_precision(self.args, self.config) if weights else build(self.config)
 
     def to_images(self, samples: Tensor) -> Tensor:
         return to_images(samples, self.config.data)
