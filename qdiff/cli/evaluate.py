@@ -283,7 +283,7 @@ class Evaluation:
             if self.known is not None:
                 with _as_user_errors():
                     self.known.rows(captions)
-        if wanted & set(OF_TWO_SETS) and isinstance(self.reference, FeatureStatistics):
+        if wanted & set(OF_TWO_SETS) and holds_statistics(self.args.reference):
             raise UserError(
                 f"--reference {self.args.reference}: stored statistics serve the Fréchet distance alone; "
                 f"{' and '.join(sorted(wanted & set(OF_TWO_SETS)))} need a set of images"
