@@ -3,10 +3,10 @@
     python benchmarks/reference_sets.py --data data/emoji64
 
 takes the emoji of a prepared folder out of the font again (136 x 128 pixels, on white), and brings them to 64 x 64: in
-the way of the papers' evaluation (``qdiff.evaluation.preparation``), and in others. Features are those of the classifier
-in models/ldm/emoji64. It prints the table of docs/evaluation.md: the distance of the training emoji prepared in a wrong way
-to the same emoji prepared in the right way; and the distance of the held-out emoji, prepared in the right way, to
-either, as a model's samples would have it.
+the way of the papers' evaluation (``qdiff.evaluation.preparation``), and in others. Features are those of the
+classifier in models/ldm/emoji64. It prints the table of docs/evaluation.md: the distance of the training emoji
+prepared in a wrong way to the same emoji prepared in the right way; and the distance of the held-out emoji, prepared
+in the right way, to either, as a model's samples would have it.
 """
 
 from __future__ import annotations

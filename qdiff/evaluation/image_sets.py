@@ -5,6 +5,7 @@ A set is a folder, an ``.npz``, ``.pt`` or ``.safetensors`` file, an LMDB, or CI
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import zipfile
@@ -188,19 +189,32 @@ class FolderImages(ImageSet):
         return decoded(file, replace(self.reading, channels=channels), file)
 
 
+@functools.cache
+def _lmdb_environment(path: Path) -> Any:
+    """LMDB lets a process open a folder once.
+
+    Raises:
+        EvaluationError: it is no LMDB, or the package is missing.
+    """
+    try:
+        import lmdb
+    except ImportError:
+        raise EvaluationError(
+            f"{path}: reading an LMDB needs the package lmdb: pip install lmdb, or install this project with the extra "
+            "`evaluate`"
+        ) from None
+    try:
+        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise EvaluationError(f"{path}: not an LMDB that can be read ({error})") from None
+
+
 class LmdbImages(ImageSet):
     """The values of an LMDB, in the order of its keys: images in files' formats, as LSUN is published."""
 
     def __init__(self, path: Path, reading: Reading):
         super().__init__(path, reading)
-        try:
-            import lmdb
-        except ImportError:
-            raise EvaluationError(f"{path}: reading an LMDB needs the package lmdb: pip install lmdb") from None
-        try:
-            self._store = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
-        except lmdb.Error as error:
-            raise EvaluationError(f"{path}: not an LMDB that can be read ({error})") from None
+        self._store = _lmdb_environment(path.resolve())
         self._transaction = self._store.begin(buffers=True)
         self._cursor, self._at = self._transaction.cursor(), 0
         self._cursor.first()
