@@ -21,6 +21,7 @@ from qdiff.cli import evaluate
 from qdiff.evaluation.errors import EvaluationError
 from qdiff.evaluation.fidelity import INCEPTION, find_weights, lpips_network
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance, holds_statistics
+from qdiff.evaluation.image_sets import load_image_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT, SUBSET = 20, 10
@@ -154,6 +155,23 @@ def test_lpips_is_the_papers_formula(vgg16_weights: Path, lpips_weights: Path) -
     found = network(a, b).reshape(-1)
     torch.testing.assert_close(found, lpips_written_out(a, b, vgg16_weights, lpips_weights), rtol=1e-4, atol=1e-6)
     assert found.min() > 0
+
+
+@torch.no_grad()
+def test_lpips_of_pairs_on_disk(
+    folders: tuple[Path, Path], vgg16_weights: Path, lpips_weights: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch_fidelity")
+    a, b = (load_image_set(folder) for folder in folders)
+    torch.save(a[:5], tmp_path / "a.pt")
+    torch.save(b[:5], tmp_path / "b.pt")
+    words = ["--images", tmp_path / "a.pt", "--paired", tmp_path / "b.pt", "--batch_size", 2, "--metrics", "lpips"]
+    run(*words, "--vgg16_weights", vgg16_weights, "--lpips_weights", lpips_weights, "--json", tmp_path / "scores.json")
+    found = json.loads((tmp_path / "scores.json").read_text())["metrics"]["lpips"]
+    expected = lpips_written_out(a[:5], b[:5], vgg16_weights, lpips_weights)
+    assert found["mean"] == pytest.approx(expected.mean().item(), rel=1e-3)
+    assert found["worst"] == pytest.approx(expected.max().item(), rel=1e-3)
+    assert found["worst_image"] == expected.argmax()
 
 
 def test_missing_weights_are_one_error_with_the_remedies(
