@@ -24,7 +24,7 @@ from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance, holds_
 from qdiff.evaluation.image_sets import load_image_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COUNT, SUBSET = 20, 10
+COUNT, SUBSET = 12, 8
 
 
 def write_images(folder: Path, count: int, seed: int, size: int = 32) -> Path:
