@@ -46,6 +46,14 @@ class Workers:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def collected(self, value: Any) -> list[Any] | None:
+        """What each process has, in order of rank, at the first one; None at the others."""
+        if self.count == 1:
+            return [value]
+        boxes = [None] * self.count if self.rank == 0 else None
+        dist.gather_object(value, boxes, dst=0)
+        return boxes
+
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.count > 1:

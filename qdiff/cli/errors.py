@@ -17,6 +17,7 @@ from ddim.config import ConfigError
 from ddim.pretrained import CheckpointUnavailable
 from qdiff.calibration_data import CalibrationSetError
 from qdiff.checkpoint import CheckpointError
+from qdiff.evaluation.errors import EvaluationError
 from qdiff.inference import InferenceError
 from qdiff.memory import BudgetError
 from qdiff.progress import ProgressError
@@ -52,6 +53,7 @@ EXPLAINED = (
     CalibrationSetError,
     CheckpointError,
     CheckpointUnavailable,
+    EvaluationError,
     ProgressError,
 )
 

@@ -38,6 +38,7 @@ from qdiff.files import atomic_file, write_atomically
 CONFIG_NAME = "sampling_config.yaml"
 LOG_NAME = "run.log"
 GRID_NAME = "grid.png"
+RUN_IMAGES = ("img", "samples")  # what the layouts call the folder of images
 ARRAY_NAME = "arr_0"  # numpy's own name for the first array of a file
 
 # Options that say where or how fast, not what: a run may be continued with others.
@@ -108,7 +109,7 @@ class RunFolder:
         record = Path(logdir).absolute() / CONFIG_NAME
         if not record.is_file():
             return None
-        _check_same(_read_options(record, layout), _plain(options), record, layout)
+        _check_same(read_options(record, layout), _plain(options), record, layout)
         return cls(record.parent, continued=True, layout=layout)
 
     @classmethod
@@ -323,7 +324,35 @@ def _new_dated_folder(parent: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def _read_options(path: Path, layout: Layout) -> dict[str, Any]:
+def images_of_run(path: Path) -> Path:
+    """Where the images of a run lie, in their own files or, where these were not kept, in an array; any other path is
+    returned as it is.
+
+    Raises:
+        UserError: a run that has neither.
+    """
+    if not (path / CONFIG_NAME).is_file():
+        return path
+    folders = [path / name for name in RUN_IMAGES if (path / name).is_dir() and any((path / name).iterdir())]
+    found = folders or sorted((path / "numpy").glob("*.npz"))
+    if not found:
+        raise UserError(f"{path}: a run without images (looked for {', '.join(RUN_IMAGES)} and numpy/*.npz)")
+    return found[0]
+
+
+def run_of_images(path: Path) -> Path | None:
+    """The run that images belong to: the folder itself, or the one around the folder or array of the images."""
+    here = path.absolute()
+    around = here.parent.parent if here.suffix == ".npz" else here.parent
+    return next((place for place in (here, around) if (place / CONFIG_NAME).is_file()), None)
+
+
+def read_options(path: Path, layout: Layout = LAYOUT) -> dict[str, Any]:
+    """The options that a run recorded.
+
+    Raises:
+        UserError: the file is something else.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):

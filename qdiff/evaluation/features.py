@@ -126,14 +126,21 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _batches(classifier: Classifier, images: Tensor, size: int) -> Iterator[Tensor]:
-    """Batches as float in [-1, 1], from floats in [0, 1] or bytes, on the classifier's device."""
+def model_input(classifier: Classifier, images: Tensor) -> Tensor:
+    """Images, floats in [0, 1] or bytes, as floats in [-1, 1] on the classifier's device.
+
+    Raises:
+        ValueError: images of another shape.
+    """
     if images.ndim != 4 or images.shape[1] != classifier.channels:
         expected = f"N x {classifier.channels} x H x W"
         raise ValueError(f"images of shape {tuple(images.shape)}; the classifier takes {expected}")
-    for batch in images.split(size):
-        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
-        yield (2 * batch - 1).to(classifier.head.weight.device)
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return (2 * images - 1).to(classifier.head.weight.device)
+
+
+def _batches(classifier: Classifier, images: Tensor, size: int) -> Iterator[Tensor]:
+    return (model_input(classifier, batch) for batch in images.split(size))
 
 
 @torch.no_grad()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from qdiff.files import write_atomically
+from qdiff.files import atomic_file, write_atomically
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,16 @@ class FeatureStatistics:
     Attributes:
         mean: D values, float64, on the CPU.
         covariance: D x D, float64, unbiased (divided by count - 1).
-        count: how many vectors it was taken from.
+        count: how many vectors it was taken from; 0 where a file does not say.
         name: what the set is.
+        network: whose features they are, and which file of weights; empty where that is not known.
     """
 
     mean: Tensor
     covariance: Tensor
     count: int
     name: str = ""
+    network: str = ""
 
     def __post_init__(self) -> None:
         size = self.mean.numel()
@@ -47,26 +51,62 @@ class FeatureStatistics:
         return accumulator.result(name)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; count and name are in its header."""
+        """Write a safetensors file, with count, name and network in its header; or an ``.npz`` of ``mu`` and ``sigma``,
+        the form in common use, which says nothing more.
+        """
+        if Path(path).suffix == ".npz":
+            with atomic_file(path) as file:
+                np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy())
+            return
         tensors = {"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}
         header = {"name": self.name, "count": json.dumps(self.count)}
+        header |= {"network": self.network} if self.network else {}
         write_atomically(path, save(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, or an ``.npz`` of others with ``mu`` and ``sigma``.
 
         Raises:
             ValueError: the file is missing or is something else.
         """
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such file of feature statistics")
+        if Path(path).suffix == ".npz":
+            return cls._from_npz(path)
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-                return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(header["count"]), header["name"])
+                moments = file.get_tensor("mean"), file.get_tensor("covariance")
+                return cls(*moments, int(header["count"]), header["name"], header.get("network", ""))
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path}: not a file of feature statistics: {error}") from None
+
+    @classmethod
+    def _from_npz(cls, path: str | Path) -> FeatureStatistics:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a file of feature statistics (mu and sigma): {error}") from None
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{path}: its mu or sigma holds NaN or infinite values")
+        return cls(mean, covariance, 0, str(path))
+
+
+def holds_statistics(path: str | Path) -> bool:
+    """Whether a file is one of feature statistics rather than of images. Reads names only."""
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {"mean", "covariance"} <= set(file.keys())
+    except (OSError, SafetensorError, zipfile.BadZipFile):
+        return False  # whoever reads it says what is the matter
+    return False
 
 
 class FeatureAccumulator:
@@ -92,18 +132,25 @@ class FeatureAccumulator:
         features = features.to("cpu", torch.float64)
         if not features.isfinite().all():
             raise ValueError("features hold NaN or infinite values: the images they come from are broken")
-        added = len(features)
-        if added == 0:
+        if len(features) == 0:
             return
         mean = features.mean(0)
         centred = features - mean
+        self._join(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureAccumulator) -> None:
+        """Take in what another one has seen."""
+        if other.count:
+            self._join(other.count, other.mean, other.scatter)
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         shift = mean - self.mean
-        total = self.count + added
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * added / total)
-        self.mean += shift * (added / total)
+        total = self.count + count
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
         self.count = total
 
-    def result(self, name: str = "") -> FeatureStatistics:
+    def result(self, name: str = "", network: str = "") -> FeatureStatistics:
         """Statistics of everything added so far.
 
         Raises:
@@ -111,7 +158,7 @@ class FeatureAccumulator:
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self.count}")
-        return FeatureStatistics(self.mean.clone(), self.scatter / (self.count - 1), self.count, name)
+        return FeatureStatistics(self.mean.clone(), self.scatter / (self.count - 1), self.count, name, network)
 
 
 def equal_mixture(parts: Sequence[FeatureStatistics], name: str = "") -> FeatureStatistics:
@@ -139,8 +186,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     need no offset on the diagonal, and nothing becomes complex.
 
     Raises:
-        ValueError: features of different lengths.
+        ValueError: features of different lengths, or of networks that are known to differ.
     """
+    if a.network and b.network and a.network != b.network:
+        raise ValueError(
+            f"features of different networks do not compare: {a.name or 'one set'} has those of {a.network}, "
+            f"{b.name or 'the other'} those of {b.network}"
+        )
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"cannot compare features of length {len(a.mean)} with features of length {len(b.mean)}")
     overlap = torch.linalg.svdvals(_square_root(a.covariance) @ _square_root(b.covariance)).sum()

@@ -176,15 +176,29 @@ def agreement(
     """
     if len(images) != len(captions) or not len(images):
         raise ValueError(f"{len(images)} images and {len(captions)} captions: one is needed for each image")
+    known.rows(captions)  # before the work
+    features, guessed = pooled_features(classifier, images, batch_size), guesses(classifier, images, batch_size)
+    return agreement_of(known, features, guessed, captions)
+
+
+def agreement_of(known: KnownImages, features: Tensor, guessed: Tensor, captions: Sequence[str]) -> Agreement:
+    """The same, from what the classifier has found in the images.
+
+    Args:
+        features, guessed: N x D and N int64, its features and guesses.
+
+    Raises:
+        ValueError: as :func:`agreement`.
+    """
     meant = known.rows(captions)
-    found = known.nearest(pooled_features(classifier, images, batch_size))
+    found = known.nearest(features)
 
     def share(right: Tensor) -> float:
         return right.double().mean().item()
 
     return Agreement(
-        count=len(images),
-        group=share(guesses(classifier, images, batch_size) == known.labels[meant]),
+        count=len(features),
+        group=share(guessed == known.labels[meant]),
         named=share(found == meant),
         base=share(known.bases[found] == known.bases[meant]),
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from ddim.config import load_config
 from ddim.datasets import ArrayImages, DatasetUnavailable, open_dataset
+from qdiff.cli import evaluate
 from qdiff.evaluation.features import FashionClassifier, accuracy, image_statistics, pooled_features
 from qdiff.evaluation.frechet import FeatureStatistics, frechet_distance
 
@@ -79,27 +78,18 @@ def test_other_images_and_files_are_refused(classifier: FashionClassifier, tmp_p
         FashionClassifier.load(tmp_path / "other.safetensors")
 
 
-def score(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPOSITORY / "scripts" / "score_samples.py", "--device", "cpu", *arguments]
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": ""}
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
-
-
-def test_the_script_prints_and_appends_the_distance(
-    classifier: FashionClassifier, reference: FeatureStatistics, tmp_path: Path
+def test_the_command_prints_and_appends_the_distance(
+    classifier: FashionClassifier, reference: FeatureStatistics, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(random_images(), tmp_path / "images.pt")
+    words = ["--images", tmp_path / "images.pt", "--features", "bundled", "--append", tmp_path / "all.jsonl"]
     for label in ("first", "second"):
-        answer = score("--images", tmp_path / "images.pt", "--label", label, "--append", tmp_path / "all.jsonl")
-        assert answer.returncode == 0, answer.stderr
-    records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
-    assert json.loads(answer.stdout) == records[1]
-    assert [(r["images"], r["count"]) for r in records] == [("first", 20), ("second", 20)]
+        evaluate.main([str(word) for word in [*words, "--label", label, "--device", "cpu", "--batch_size", "7"]])
     expected = frechet_distance(image_statistics(classifier, random_images(), "noise"), reference)
-    assert records[0]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_script_refuses_a_missing_folder(tmp_path: Path) -> None:
-    answer = score("--images", tmp_path / "missing")
-    assert answer.returncode == 2
-    assert "no such file or folder" in answer.stderr
+    assert f"| Fréchet distance | {expected:.4f}" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [(r["label"], r["count"]) for r in records] == [("first", 20), ("second", 20)]
+    for record in records:
+        assert record["metrics"] == {"frechet_distance": pytest.approx(expected, rel=1e-9)}
+        assert record["reference"] == reference.name
+        assert record["environment"]["device"]

@@ -24,7 +24,7 @@ from ldm.util import instantiate_from_config
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import save_calibration_set
 from qdiff.checkpoint import read_info, save_packed
-from qdiff.cli import txt2img
+from qdiff.cli import evaluate, txt2img
 from qdiff.cli.bundles import BUNDLES, CAPTIONS_JUDGED, NAMES, SCORING, TextBundle
 from qdiff.cli.run_folder import read_png
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -37,7 +37,7 @@ from .latent_models import config_of
 from .text_models import text_config
 
 prepare, train, tables = load_script("prepare_emoji_bundle"), load_script("train_ldm"), load_script("reproduce_tables")
-demo, score = load_script("demo_txt2img"), load_script("score_samples")
+demo = load_script("demo_txt2img")
 BUNDLE = REPOSITORY / "models" / "ldm" / "emoji-text"
 COLOURS = ("red", "green", "blue", "dark red", "dark green", "dark blue")
 VOCABULARY = 530
@@ -229,8 +229,9 @@ def test_the_documented_command_draws_in_both_precisions_and_scores(
 
     names = ["--bundle", str(whole.judges), "--names", str(whole.folder / NAMES), "--captions", str(captions)]
     capsys.readouterr()
-    score.main(["--images", str(folders[0]), *names, "--device", "cpu", "--append", "scores.jsonl"])
-    said = json.loads(capsys.readouterr().out)
+    evaluate.main(["--images", str(folders[0]), *names, "--device", "cpu", "--append", "scores.jsonl"])
+    record = json.loads(Path("scores.jsonl").read_text())
+    said = record["metrics"]
     expected = agreement(
         load_classifier(whole.judges / SCORING[0]), whole.known, full, captions.read_text().splitlines()
     )
@@ -238,7 +239,9 @@ def test_the_documented_command_draws_in_both_precisions_and_scores(
         key: value for key, value in expected.to_dict().items() if key != "count"
     }
     assert said["frechet_distance"] > 0
-    assert json.loads(Path("scores.jsonl").read_text()) == said
+    assert record["run"]["from_file"] == str(captions)
+    evaluate.main(["--images", str(folders[0].parent), *names[:4], "--metrics", "agreement", "--json", "own.json"])
+    assert json.loads(Path("own.json").read_text())["metrics"].items() <= said.items()  # by the prompts in the files
 
 
 def test_scores_refuse_captions_that_are_not_known(bundle: TextBundle, tmp_path: Path, capsys) -> None:
@@ -251,13 +254,13 @@ def test_scores_refuse_captions_that_are_not_known(bundle: TextBundle, tmp_path:
         if text is not None:
             captions.write_text(text)
         with pytest.raises(SystemExit):
-            score.main([str(word) for word in words])
+            evaluate.main([str(word) for word in words])
         return capsys.readouterr().err
 
-    assert "cannot be read" in said(None)
+    assert "no such file" in said(None)
     assert "holds no caption" in said("\n \n")
     assert "3 captions are of no known image, as 'unicorn'" in said("unicorn\n")
-    assert KnownImages.load(BUNDLE / NAMES, score.EMOJI / SCORING[0]).rows(PROMPTS).shape == (8,)
+    assert KnownImages.load(BUNDLE / NAMES, evaluate.BUNDLES[3] / SCORING[0]).rows(PROMPTS).shape == (8,)
 
 
 def test_tables_tell_how_images_agree_with_their_captions(bundle: TextBundle, tmp_path: Path, monkeypatch) -> None:

@@ -77,11 +77,11 @@ def load_tokenizer(kind: TokenizerKind, name: str, folder: str | Path | None = N
             raise TokenizerError(
                 f"{place}: its tokenizer cannot be read ({_reason(error)}); it needs {kind.wanted} of {name}"
             ) from None
-    with _quiet():
+    with quiet_hub():
         for only_cached in (True, False):
             try:
                 if not only_cached:
-                    _reach_hub()
+                    reach_hub()
                 return _complete(cls.from_pretrained(name, local_files_only=only_cached))
             except Exception as error:  # no network, no such name, a broken cache: the remedy is the same
                 trouble = _reason(error)
@@ -142,7 +142,7 @@ def _own_folder(name: str) -> Path:
     return LOCAL_TOKENIZERS / Path(name).name
 
 
-def _reach_hub() -> None:
+def reach_hub() -> None:
     """Fails within seconds where the hub cannot be reached; its own client tries again and again for minutes.
 
     Raises:
@@ -170,7 +170,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """The hub's client tells of every try; the one error at the end is enough."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
     before = [logger.level for logger in loggers]
