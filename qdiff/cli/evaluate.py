@@ -90,7 +90,8 @@ def metric_list(text: str) -> tuple[str, ...]:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    usage = "%(prog)s --images PATH (--reference SET | --paired RUN | --clip | --metrics LIST) [flags]"
+    parser = Parser(prog=PROGRAM, usage=usage, description=DESCRIPTION, epilog=EXAMPLES)
     _add_set_flags(parser.add_argument_group("images"))
     _add_network_flags(parser.add_argument_group("feature networks"))
     _add_score_flags(parser.add_argument_group("scores"))
