@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import platform
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from ddim.tensor_archive import CodeInFileError, is_state, load_archive
+from ddim.untrusted import UntrustedFileError, open_safetensors, parse_json, read_json
 from qdiff.config import QuantConfig
 from qdiff.files import atomic_file, write_atomically
 from qdiff.output_scale import OutputScale
@@ -227,9 +226,9 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     if not facts.is_file():
         return None
     try:
-        return _info_from(json.loads(facts.read_text(encoding="utf-8")), facts)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{facts}: not a JSON file; remove it to rely on the flags alone") from None
+        return _info_from(read_json(facts), facts)
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{facts}: not a JSON file ({error}); remove it to rely on the flags alone") from None
 
 
 def load_quantized(
@@ -302,19 +301,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = _existing(path)
     try:
-        # Mapped: its tensors are copied into the network, and should not be held twice until then.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path}: refused: it holds more than tensors and plain containers, which would run code when loaded"
-            ) from None
-        raise CheckpointError(f"{path}: not a checkpoint, or cut short") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError):
-        raise CheckpointError(f"{path}: cannot be read: cut short, or not a checkpoint") from None
+        state = load_archive(path)  # mapped: its tensors are copied into the network, and not held twice until then
+    except CodeInFileError:
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors and plain containers, which would run code when loaded"
+        ) from None
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{path}: not a checkpoint, or cut short ({error})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state(state):
         raise CheckpointError(f"{path}: expected a dictionary of tensors")
     return state
 
@@ -575,25 +571,28 @@ def _info_from(facts: Mapping[str, Any], path: Path) -> CheckpointInfo:
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             raw = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: cut short, or not a safetensors file ({error})") from None
-    if FORMAT not in raw:
-        raise CheckpointError(f"{path}: a safetensors file, but not a packed checkpoint; full precision goes to --ckpt")
-    metadata = json.loads(raw[FORMAT])
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {metadata['format_version']}; this release reads up to {FORMAT_VERSION}"
-        )
+        if FORMAT not in raw:
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not a packed checkpoint; full precision goes to --ckpt"
+            )
+        metadata = parse_json(raw[FORMAT])
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{path}: cannot be read: cut short or damaged ({error})") from None
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: its header does not say which format it has")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}; this release reads up to {FORMAT_VERSION}")
     return metadata
 
 
 def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except UntrustedFileError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
