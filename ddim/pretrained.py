@@ -265,8 +265,8 @@ def _load_pickled(path: Path) -> object:
         return load_archive(path, inert=TRAINER_PACKAGES)
     except CodeInFileError as error:
         raise ValueError(
-            f"{path}: {error}; loading it could run code from the file, so it is refused. If you trust it, open it where "
-            "that package is installed and save its state_dict alone, best as .safetensors"
+            f"{path}: {error}; loading it could run code from the file, so it is refused. If you trust it, open it "
+            "where that package is installed and save its state_dict alone, best as .safetensors"
         ) from None
     except UntrustedFileError as error:
         raise ValueError(f"{path}: {error}; not a checkpoint that can be read") from None

@@ -296,7 +296,8 @@ def read_image(path: str | Path, mode: str | None = None) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UntrustedFileError(reason(error)) from None
     except OSError as error:
-        raise UntrustedFileError(f"not a readable image ({error.strerror or reason(error)})") from None
+        said = f"cannot be read ({error.strerror})" if error.strerror else f"not a readable image ({reason(error)})"
+        raise UntrustedFileError(said) from None
     except (ValueError, SyntaxError, TypeError, IndexError, KeyError, struct.error, EOFError, OverflowError) as error:
         raise UntrustedFileError(f"not a readable image ({reason(error)})") from None
 
@@ -307,15 +308,18 @@ def _check_pixels(image: Image.Image, size: int) -> None:
         raise UntrustedFileError(f"claims {width}x{height} pixels, more than its {size} bytes can hold")
 
 
-def gunzip(content: bytes, most: int) -> bytes:
+def gunzip(content: bytes, most: int, *, cut: bool = False) -> bytes:
     """What gzip packed, at most so many bytes of it.
+
+    Args:
+        cut: the first ``most`` bytes are enough.
 
     Raises:
         UntrustedFileError: damaged, or longer.
     """
     try:
         with gzip.open(io.BytesIO(content)) as file:
-            unpacked = file.read(most + 1)
+            unpacked = file.read(most if cut else most + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UntrustedFileError(f"not a readable gzip file ({reason(error)})") from None
     if len(unpacked) > most:

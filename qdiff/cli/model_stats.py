@@ -15,6 +15,7 @@ from torch import nn
 
 from ddim.config import load_config
 from ddim.unet import UNet
+from ddim.untrusted import UntrustedFileError, read_yaml_text
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config, load_model_config
 from qdiff.cli.errors import UserError, exit_on_error
@@ -159,8 +160,8 @@ def _config_beside(path: Path) -> Path:
 def _is_latent(path: Path) -> bool:
     """Whether a config is of a latent model: those name what to build. Broken files are left to their own readers."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = yaml.safe_load(read_yaml_text(path))
+    except (UntrustedFileError, OSError):
         return False
     model = content.get("model") if isinstance(content, dict) else None
     return isinstance(model, dict) and "target" in model

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ddim.untrusted import open_safetensors, reason
 from qdiff.files import write_atomically
 
 
@@ -62,11 +62,15 @@ class FeatureStatistics:
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such file of feature statistics")
         try:
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 header = file.metadata() or {}
-                return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(header["count"]), header["name"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not a file of feature statistics: {error}") from None
+                mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
+                found = cls(mean, covariance, int(header["count"]), header["name"])
+            if found.count < 2 or not bool(mean.isfinite().all() and covariance.isfinite().all()):
+                raise ValueError("numbers that no features have")
+            return found
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not a file of feature statistics: {reason(error)}") from None
 
 
 class FeatureAccumulator:

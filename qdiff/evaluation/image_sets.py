@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from ddim.tensor_archive import load_archive
+from ddim.untrusted import UntrustedFileError, read_image, read_npz_array
 
 
 def load_image_set(path: str | Path) -> Tensor:
@@ -30,7 +34,7 @@ def load_image_set(path: str | Path) -> Tensor:
     elif path.suffix == ".npz":
         images = _from_npz(path)
     elif path.suffix == ".pt":
-        images = torch.load(path, map_location="cpu", weights_only=True)
+        images = _checked(path, load_archive)
     else:
         raise ValueError(f"{path}: expected a folder of PNG files, an .npz or a .pt file")
     _check(images, path)
@@ -41,17 +45,27 @@ def _from_folder(path: Path) -> Tensor:
     files = sorted(file for file in path.glob("*.png") if re.fullmatch(r"\d+", file.stem))
     if not files:
         raise ValueError(f"{path}: no images named by their number, such as 000000.png")
-    return _channels_first(np.stack([np.asarray(Image.open(file)) for file in files]))
+    pictures = [np.asarray(_checked(file, read_image)) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise ValueError(f"{file}: is {picture.shape}, the first picture {pictures[0].shape}; expected one size")
+    return _channels_first(np.stack(pictures), path)
 
 
 def _from_npz(path: Path) -> Tensor:
-    with np.load(path, allow_pickle=False) as arrays:
-        if not arrays.files:
-            raise ValueError(f"{path}: holds no array")
-        return _channels_first(arrays[arrays.files[0]])
+    return _channels_first(_checked(path, read_npz_array), path)
 
 
-def _channels_first(images: np.ndarray) -> Tensor:
+def _checked(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except UntrustedFileError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _channels_first(images: np.ndarray, path: Path) -> Tensor:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(f"{path}: expected uint8 N x H x W x C, found {images.dtype} {images.shape}")
     if images.ndim == 3:
         images = images[..., None]  # N, H, W, C
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
@@ -61,6 +75,8 @@ def _check(images: object, path: Path) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{path}: expected a tensor N x C x H x W, found {found}")
+    if images.numel() == 0:
+        raise ValueError(f"{path}: holds no image")
     if images.dtype == torch.uint8:
         return
     if not images.is_floating_point():
