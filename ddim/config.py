@@ -15,20 +15,11 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddim.untrusted import UntrustedFileError, read_yaml_text, refuse_interpolations
-
-LONGEST_MESSAGE = 1200
+from ddim.untrusted import FileError, UntrustedFileError, read_yaml_text, refuse_interpolations
 
 
-class ConfigError(ValueError):
-    """A configuration file that cannot be used; the message names file, key and remedy.
-
-    It is short, whatever the file says that is repeated in it.
-    """
-
-    def __init__(self, message: str):
-        text = " ".join(message.splitlines())
-        super().__init__(text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}...")
+class ConfigError(FileError):
+    """A configuration file that cannot be used; the message names file, key and remedy."""
 
 
 @dataclass
@@ -196,12 +187,13 @@ def _check_keys(content: dict[str, Any], schema: type, source: str, prefix: str)
 
 
 def _check_values(config: PixelConfig, source: str) -> None:
+    values = OmegaConf.structured(config)
     for name, allowed in _CHOICES.items():
-        value = OmegaConf.select(OmegaConf.structured(config), name)
+        value = OmegaConf.select(values, name)
         if value not in allowed:
             raise ConfigError(f"{source}: key '{name}': {value!r} is not one of {', '.join(allowed)}")
     for name, most in _MOST.items():
-        value = OmegaConf.select(OmegaConf.structured(config), name)
+        value = OmegaConf.select(values, name)
         if not 1 <= value <= most:
             raise ConfigError(f"{source}: key '{name}': {value} must be at least 1 and at most {most}")
     times = config.model.ch_mult

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ddim.config import PixelConfig
 from ddim.tensor_archive import CodeInFileError, is_state, load_archive
-from ddim.untrusted import UntrustedFileError, open_safetensors
+from ddim.untrusted import FileError, UntrustedFileError, open_safetensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLED = {"FashionMNIST": REPOSITORY / "models" / "pixel" / "fashion_mnist" / "model.safetensors"}
@@ -240,12 +240,12 @@ def read_weights(path: str | Path, *, without: tuple[str, ...] = ()) -> dict[str
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
+        raise FileError(f"{path}: no such checkpoint file")
     content = _load_safetensors(path, without) if path.suffix == ".safetensors" else _load_pickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not is_state(content):
-        raise ValueError(f"{path}: holds no state dict (names and tensors, or a dict with 'state_dict')")
+        raise FileError(f"{path}: holds no state dict (names and tensors, or a dict with 'state_dict')")
     kept = {name: tensor for name, tensor in content.items() if not name.startswith(without)}
     return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in kept.items()}
 
@@ -255,21 +255,21 @@ def _load_safetensors(path: Path, without: tuple[str, ...]) -> dict[str, Tensor]
         with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118
     except UntrustedFileError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
 
 
 def _load_pickled(path: Path) -> object:
     if path.suffix not in (".ckpt", ".pth", ".pt"):
-        raise ValueError(f"{path}: a checkpoint ends in .ckpt, .pth, .pt or .safetensors")
+        raise FileError(f"{path}: a checkpoint ends in .ckpt, .pth, .pt or .safetensors")
     try:
         return load_archive(path, inert=TRAINER_PACKAGES)
     except CodeInFileError as error:
-        raise ValueError(
+        raise FileError(
             f"{path}: {error}; loading it could run code from the file, so it is refused. If you trust it, open it "
             "where that package is installed and save its state_dict alone, best as .safetensors"
         ) from None
     except UntrustedFileError as error:
-        raise ValueError(f"{path}: {error}; not a checkpoint that can be read") from None
+        raise FileError(f"{path}: {error}; not a checkpoint that can be read") from None
 
 
 def load_weights(path: str | Path, model: nn.Module, config_name: str = "the config") -> None:
@@ -285,14 +285,14 @@ def load_weights(path: str | Path, model: nn.Module, config_name: str = "the con
     """
     weights = read_weights(path)
     if any(".weight_quantizer" in name for name in weights):
-        raise ValueError(f"{path}: this is a quantized checkpoint; pass it with --cali_ckpt, not as the full model")
+        raise FileError(f"{path}: this is a quantized checkpoint; pass it with --cali_ckpt, not as the full model")
     expected = model.state_dict()
     differences = describe_differences(weights, expected)
     if differences:
         found, wanted = _architecture(weights), _architecture(expected)
         if found != wanted and found and wanted:
             differences.insert(0, f"the file's UNet has {found}, the config's {wanted}")
-        raise ValueError(f"{path}: does not fit the model of {config_name}: {'; '.join(differences)}")
+        raise FileError(f"{path}: does not fit the model of {config_name}: {'; '.join(differences)}")
     model.load_state_dict(weights, strict=True)
 
 
@@ -308,7 +308,7 @@ def weights_facts(path: str | Path) -> dict[str, str]:
         with open_safetensors(path) as file:
             return file.metadata() or {}
     except UntrustedFileError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
 
 
 def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -35,7 +35,20 @@ PICTURES = ("PNG", "JPEG", "WEBP", "BMP")  # no format whose reader starts anoth
 REASON_CHARACTERS = 200
 
 
-class UntrustedFileError(ValueError):
+LONGEST_MESSAGE = 1200
+
+
+class FileError(ValueError):
+    """A file that cannot be used. Its message is one line of a readable length, whatever names and values of the file
+    are repeated in it.
+    """
+
+    def __init__(self, message: str):
+        text = " ".join(message.splitlines())
+        super().__init__(text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}...")
+
+
+class UntrustedFileError(FileError):
     """A file that is damaged, or claims what cannot be. The message is one line and does not name the file: whoever
     knows its name and what helps says both.
     """
@@ -210,20 +223,21 @@ def read_npz_array(path: str | Path) -> np.ndarray:
 
     Raises:
         UntrustedFileError: another file, or an array that is not as large as its header says.
-        OSError: it cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            if entries and min(entry.header_offset for entry in entries) != 0:
+                raise UntrustedFileError("truncated or not an .npz file: something stands before its first array")
             check_names(entry.filename for entry in entries)
             if not entries or not entries[0].filename.endswith(".npy"):
                 raise UntrustedFileError("holds no array")
             _check_claimed(entries[0], os.stat(path).st_size)
-            with archive.open(entries[0]) as file:
-                return _read_npy(file, entries[0].file_size)
+            with archive.open(entries[0]) as array:
+                return _read_npy(array, entries[0].file_size)
     except UntrustedFileError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UntrustedFileError(f"truncated or not an .npz file: {reason(error)}") from None
     except (SyntaxError, TypeError, KeyError, struct.error, MemoryError, OverflowError, RecursionError) as error:
         raise UntrustedFileError(f"its array's header cannot be read: {reason(error)}") from None

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ddim.tensor_archive import CodeInFileError, load_archive
-from ddim.untrusted import UntrustedFileError
+from ddim.untrusted import FileError, UntrustedFileError
 from qdiff.files import atomic_file
 
 PLAIN_TENSOR_TIMESTEP = 800  # of a set that is one tensor of inputs without timesteps
 
 
-class CalibrationSetError(ValueError):
+class CalibrationSetError(FileError):
     """A calibration set that cannot be used; the message names the file, what is wrong and the remedy."""
 
 
@@ -206,7 +206,7 @@ def _check_structure(content: Any, cali_st: int, conditional: bool) -> None:
     for name in names:
         if name not in content:
             raise CalibrationSetError(f"has no '{name}'; {wanted}")
-        if not isinstance(content[name], (list, tuple, Tensor)):
+        if not isinstance(content[name], (list, tuple, Tensor)) or getattr(content[name], "ndim", 1) == 0:
             raise CalibrationSetError(f"'{name}' is a {type(content[name]).__name__}; expected a list over steps")
         if len(content[name]) != len(content["xs"]):
             raise CalibrationSetError(

@@ -25,7 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ddim.tensor_archive import CodeInFileError, is_state, load_archive
-from ddim.untrusted import UntrustedFileError, open_safetensors, parse_json, read_json, reason
+from ddim.untrusted import FileError, UntrustedFileError, open_safetensors, parse_json, read_json, reason
 from qdiff.config import QuantConfig
 from qdiff.files import atomic_file, write_atomically
 from qdiff.output_scale import OutputScale
@@ -39,7 +39,7 @@ FORMAT_VERSION = 2  # of files with timed ranges, a split input or an output sca
 PREFIX = "model."
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A calibrated checkpoint that cannot be used; the message names the difference and the flag that mends it."""
 
 
@@ -363,8 +363,11 @@ def _take_rounded(qnn: QuantModel, weights: Mapping[str, Tensor]) -> None:
         halves = layer.parts_of(weights[f"model.{path}.weight"])
         for (suffix, part), (quantizer, _) in zip(halves, layer.weight_quantizers(), strict=True):
             name = f"model.{path}.weight_quantizer{suffix}"
-            alpha, delta, zero_point = (weights[f"{name}.{entry}"] for entry in ("alpha", "delta", "zero_point"))
-            parts.append((rounded_codes(part, alpha, delta, zero_point, quantizer.bounds), delta, zero_point))
+            # In float32 whatever the file has: half precision would round other weights the other way.
+            alpha, delta, zero_point = (
+                weights[f"{name}.{entry}"].float() for entry in ("alpha", "delta", "zero_point")
+            )
+            parts.append((rounded_codes(part.float(), alpha, delta, zero_point, quantizer.bounds), delta, zero_point))
         layer.load_codes(parts, keep_full_precision=False)
 
 

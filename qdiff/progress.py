@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from ddim.untrusted import UntrustedFileError, open_safetensors, parse_json, read_json, reason
+from ddim.untrusted import FileError, UntrustedFileError, open_safetensors, parse_json, read_json, reason
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CalibrationConfig
 from qdiff.files import write_atomically
@@ -56,7 +56,7 @@ _UNDECIDING_SOURCES = (
 log = logging.getLogger(__name__)
 
 
-class ProgressError(ValueError):
+class ProgressError(FileError):
     """The folder holds units of another calibration; the message names what differs and how to start anew."""
 
 

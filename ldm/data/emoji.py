@@ -65,6 +65,8 @@ class EmojiImages(Dataset[dict[str, Any]]):
         try:
             with open_safetensors(path) as file:
                 about = parse_json((file.metadata() or {})["about"])
+                if set(file.keys()) != {"images", "labels"}:
+                    raise UntrustedFileError(f"it holds {len(file.keys())} tensors")
                 self.images = file.get_tensor("images").permute(0, 3, 1, 2).contiguous()  # N, H, W, 3 -> N, 3, H, W
                 self.labels: torch.Tensor = file.get_tensor("labels")
             self.captions: list[str] = about["captions"]

@@ -64,6 +64,8 @@ class FeatureStatistics:
         try:
             with open_safetensors(path) as file:
                 header = file.metadata() or {}
+                if set(file.keys()) != {"mean", "covariance"}:
+                    raise ValueError(f"it holds {len(file.keys())} tensors")
                 mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
                 found = cls(mean, covariance, int(header["count"]), header["name"])
             if found.count < 2 or not bool(mean.isfinite().all() and covariance.isfinite().all()):

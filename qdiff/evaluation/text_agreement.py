@@ -91,6 +91,8 @@ class KnownImages:
         try:
             with open_safetensors(path) as file:
                 about = parse_json((file.metadata() or {})["about"])
+                if set(file.keys()) != {"features", "labels", "bases"}:
+                    raise ValueError(f"it holds {len(file.keys())} tensors")
                 tensors = (file.get_tensor(name) for name in ("features", "labels", "bases"))
                 features, labels, bases = tensors
             known = cls(

@@ -79,8 +79,11 @@ def load_tokenizer(kind: TokenizerKind, name: str, folder: str | Path | None = N
     cls = getattr(transformers, kind.class_name)
     if place is not None:
         try:
-            check_vocabulary(place)
-            return _complete(cls.from_pretrained(str(place), local_files_only=True))
+            vocabulary = check_vocabulary(place)
+            tokenizer = _complete(cls.from_pretrained(str(place), local_files_only=True))
+            if added := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
+                raise UntrustedFileError(f"its options add the token {added[0]!r}, which the vocabulary has not")
+            return tokenizer
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # what a damaged file raises depends on where; panics are no Exception
@@ -132,13 +135,17 @@ def folder_beside(config: str | Path, name: str) -> Path | None:
     return folder
 
 
-def check_vocabulary(folder: Path) -> None:
+def check_vocabulary(folder: Path) -> dict[str, int]:
     """Whether the files that a tokenizer is read from are what they should be: in the folder, not too long, and every
     token with a number of its own, from 0 on without gaps.
+
+    Returns:
+        The tokens of all of them and their numbers.
 
     Raises:
         UntrustedFileError: naming the file.
     """
+    vocabulary: dict[str, int] = {}
     for name in TOKENIZER_FILES:
         path = folder / name
         if not path.is_file():
@@ -155,20 +162,22 @@ def check_vocabulary(folder: Path) -> None:
             lines = content.removesuffix("\n").split("\n")
             content = {line: number for number, line in enumerate(lines)}
         if name.startswith("vocab."):
-            _check_numbers(name, content)
+            vocabulary |= _numbered(name, content)
         elif name == "tokenizer.json":
-            _check_backend(name, content)
+            vocabulary |= _numbered(name, _backend_vocabulary(name, content))
         elif name == "tokenizer_config.json":
             _check_options(name, content)
+    return vocabulary
 
 
-def _check_numbers(name: str, vocabulary: Any) -> None:
+def _numbered(name: str, vocabulary: Any) -> dict[str, int]:
     numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
     if any(type(number) is not int for number in numbers) or sorted(numbers) != list(range(len(numbers))):
         raise UntrustedFileError(f"{name} does not number its tokens from 0 on, each once")
+    return vocabulary
 
 
-def _check_backend(name: str, content: Any) -> None:
+def _backend_vocabulary(name: str, content: Any) -> dict[str, Any]:
     """The library's own format: a model with a vocabulary, and tokens that were added to it."""
     model = content.get("model") if isinstance(content, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -177,7 +186,7 @@ def _check_backend(name: str, content: Any) -> None:
         raise UntrustedFileError(f"{name} has no vocabulary")
     if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
         raise UntrustedFileError(f"{name} adds what is no token")
-    _check_numbers(name, vocabulary | {token["content"]: token.get("id") for token in added})
+    return vocabulary | {token["content"]: token.get("id") for token in added}
 
 
 def _check_options(name: str, content: Any) -> None:
