@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-ldm demo-txt2img test lint format venv clean distclean
+.PHONY: help demo demo-ldm demo-txt2img test test-full lint format venv clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,10 @@ demo-txt2img: $(READY)  ## the same for the model of captions, once it is there;
 test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		$(or $(PYTEST_ARGS),-n $(WORKERS) --maxprocesses 8 --dist loadfile)
+
+# The same tests, each loader with ten times as many broken files; see docs/reliability.md.
+test-full: export FUZZ_CASES := 2000
+test-full: test  ## the tests with 2000 broken files a loader instead of 200
 
 lint: $(READY)  ## check style and formatting, change nothing
 	$(BIN)/ruff check .

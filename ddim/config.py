@@ -15,8 +15,10 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddim.untrusted import FileError, UntrustedFileError, read_yaml_text, refuse_interpolations
 
-class ConfigError(ValueError):
+
+class ConfigError(FileError):
     """A configuration file that cannot be used; the message names file, key and remedy."""
 
 
@@ -111,15 +113,17 @@ _CHOICES = {
     "model.var_type": ("fixedlarge", "fixedsmall"),
     "diffusion.beta_schedule": ("linear", "quad", "const", "jsd", "sigmoid"),
 }
-_POSITIVE = (
-    "data.image_size",
-    "data.channels",
-    "model.in_channels",
-    "model.out_ch",
-    "model.ch",
-    "model.num_res_blocks",
-    "diffusion.num_diffusion_timesteps",
-)
+# Each at least 1. Beyond these nothing was ever trained, and a network of that size would fill any memory.
+_MOST = {
+    "data.image_size": 8192,
+    "data.channels": 1024,
+    "model.in_channels": 1024,
+    "model.out_ch": 2048,
+    "model.ch": 2048,
+    "model.num_res_blocks": 64,
+    "diffusion.num_diffusion_timesteps": 1_000_000,
+}
+_MOST_LEVELS, _MOST_TIMES = 10, 64
 
 
 def config_from_dict(content: dict[str, Any], source: str = "config") -> PixelConfig:
@@ -155,17 +159,16 @@ def load_config(path: str | Path) -> PixelConfig:
     """Read and check one YAML file.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or does not fit the schema.
+        ConfigError: the file is missing, is not YAML of plain values, or does not fit the schema.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}: not a YAML file: {_first_line(error)}{where}") from None
+        content = yaml.safe_load(read_yaml_text(path))
+        refuse_interpolations(content)
+    except UntrustedFileError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return config_from_dict(content, source=str(path))
 
 
@@ -184,16 +187,21 @@ def _check_keys(content: dict[str, Any], schema: type, source: str, prefix: str)
 
 
 def _check_values(config: PixelConfig, source: str) -> None:
+    values = OmegaConf.structured(config)
     for name, allowed in _CHOICES.items():
-        value = OmegaConf.select(OmegaConf.structured(config), name)
+        value = OmegaConf.select(values, name)
         if value not in allowed:
             raise ConfigError(f"{source}: key '{name}': {value!r} is not one of {', '.join(allowed)}")
-    for name in _POSITIVE:
-        value = OmegaConf.select(OmegaConf.structured(config), name)
-        if value < 1:
-            raise ConfigError(f"{source}: key '{name}': {value} must be at least 1")
-    if not config.model.ch_mult or min(config.model.ch_mult) < 1:
-        raise ConfigError(f"{source}: key 'model.ch_mult': {config.model.ch_mult} must be a list of positive integers")
+    for name, most in _MOST.items():
+        value = OmegaConf.select(values, name)
+        if not 1 <= value <= most:
+            raise ConfigError(f"{source}: key '{name}': {value} must be at least 1 and at most {most}")
+    times = config.model.ch_mult
+    if not 1 <= len(times) <= _MOST_LEVELS or min(times) < 1 or max(times) > _MOST_TIMES:
+        raise ConfigError(
+            f"{source}: key 'model.ch_mult': {times} must be a list of positive integers, at most {_MOST_LEVELS}, "
+            f"none above {_MOST_TIMES}"
+        )
     if config.model.ch % 32:
         raise ConfigError(f"{source}: key 'model.ch': {config.model.ch} must be a multiple of 32 (group norm)")
     halvings = 2 ** (len(config.model.ch_mult) - 1)

@@ -6,19 +6,22 @@ Every data set gives pairs (image: C x H x W float32 in [0, 1], label: int) at t
 
 from __future__ import annotations
 
-import gzip
+import math
+import string
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from ddim.config import DataConfig
+from ddim.tensor_archive import refuse_code
+from ddim.untrusted import DEFLATE_RATIO, UntrustedFileError, gunzip, read_image
 
 ImageData = Dataset[tuple[Tensor, int]]
 
@@ -85,10 +88,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
-            with Image.open(self.paths[index]) as image:
-                image = image.convert(self.mode)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DatasetUnavailable(f"{self.paths[index]}: not a readable image ({error})") from None
+            image = read_image(self.paths[index], self.mode)
+        except UntrustedFileError as error:
+            raise DatasetUnavailable(f"{self.paths[index]}: {error}") from None
         return _square(image, self.image_size), 0
 
 
@@ -167,11 +169,22 @@ def _open_lsun(config: DataConfig, root: Path, train: bool, download: bool) -> I
         raise DatasetUnavailable(
             f"{root / f'{name}_lmdb'}: no such folder; download and unpack the LSUN archive of {config.category} there"
         )
+    _check_cache(f"{root}/{name}_lmdb")
     try:
         source = torchvision.datasets.LSUN(str(root), classes=[name])
     except ImportError:
         raise DatasetUnavailable("reading LSUN needs the package lmdb: pip install lmdb") from None
     return _Adapted(source, config.image_size, config.channels)
+
+
+def _check_cache(database: str) -> None:
+    """torchvision pickles the list of an LSUN database's keys into the working folder, and unpickles it from there."""
+    path = Path("_cache_" + "".join(c for c in database if c in string.ascii_letters))
+    if path.is_file():
+        try:
+            refuse_code(path)
+        except UntrustedFileError as error:
+            raise DatasetUnavailable(f"{path.absolute()}: {error}; remove it, and it is made again") from None
 
 
 def _open_folder(config: DataConfig, root: Path, train: bool, download: bool) -> ImageData:
@@ -193,16 +206,20 @@ def read_idx(path: Path) -> Tensor:
         DatasetUnavailable: the file is not one, or is truncated.
     """
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise DatasetUnavailable(f"{path}: not a readable gzip file ({error})") from None
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise DatasetUnavailable(f"{path}: not an IDX file of bytes")
-    rank = content[3]
-    sizes = tuple(np.frombuffer(content, dtype=">u4", count=rank, offset=4).tolist())
-    values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank)
-    if values.size != np.prod(sizes):
-        raise DatasetUnavailable(f"{path}: holds {values.size} values, its header promises {np.prod(sizes)}")
+        packed = path.read_bytes()
+        header = gunzip(packed, 4 + 4 * 255, cut=True)
+        if len(header) < 4 or header[:3] != b"\0\0\x08" or len(header) < 4 + 4 * header[3]:
+            raise DatasetUnavailable(f"{path}: not an IDX file of bytes")
+        start = 4 + 4 * header[3]
+        sizes = tuple(np.frombuffer(header[4:start], dtype=">u4").tolist())
+        content = gunzip(packed, start + min(math.prod(sizes), DEFLATE_RATIO * len(packed)))
+    except UntrustedFileError as error:
+        raise DatasetUnavailable(f"{path}: {error}") from None
+    except OSError as error:
+        raise DatasetUnavailable(f"{path}: cannot be read ({error.strerror})") from None
+    values = np.frombuffer(content, dtype=np.uint8, offset=start)
+    if values.size != math.prod(sizes):
+        raise DatasetUnavailable(f"{path}: holds {values.size} values, its header promises {math.prod(sizes)}")
     return torch.from_numpy(values.reshape(sizes).copy())
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import time
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
 from ddim.config import PixelConfig
+from ddim.tensor_archive import CodeInFileError, is_state, load_archive
+from ddim.untrusted import FileError, UntrustedFileError, open_safetensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLED = {"FashionMNIST": REPOSITORY / "models" / "pixel" / "fashion_mnist" / "model.safetensors"}
@@ -238,69 +235,41 @@ def read_weights(path: str | Path, *, without: tuple[str, ...] = ()) -> dict[str
         without: beginnings of names whose tensors are left alone.
 
     Raises:
-        ValueError: missing, truncated, of another kind, or holding anything but tensors and plain containers.
+        ValueError: missing, truncated, of another kind, claiming sizes that the file does not have, or holding anything
+            but tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
+        raise FileError(f"{path}: no such checkpoint file")
     content = _load_safetensors(path, without) if path.suffix == ".safetensors" else _load_pickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path}: holds no state dict (names and tensors, or a dict with 'state_dict')")
-    kept = {str(name): tensor for name, tensor in content.items() if not str(name).startswith(without)}
+    if not is_state(content):
+        raise FileError(f"{path}: holds no state dict (names and tensors, or a dict with 'state_dict')")
+    kept = {name: tensor for name, tensor in content.items() if not name.startswith(without)}
     return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in kept.items()}
 
 
 def _load_safetensors(path: Path, without: tuple[str, ...]) -> dict[str, Tensor]:
     try:
-        if not without:
-            return load_file(path)
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+    except UntrustedFileError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def _load_pickled(path: Path) -> object:
     if path.suffix not in (".ckpt", ".pth", ".pt"):
-        raise ValueError(f"{path}: a checkpoint ends in .ckpt, .pth, .pt or .safetensors")
-    zipped = zipfile.is_zipfile(path)  # torch's format since 1.6; only this one can be mapped into memory
+        raise FileError(f"{path}: a checkpoint ends in .ckpt, .pth, .pt or .safetensors")
     try:
-        inert = _inert_classes(get_unsafe_globals_in_checkpoint(path)) if zipped else []
-        with safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None and "Unsupported" not in str(error):
-            raise ValueError(f"{path}: truncated or not a checkpoint") from None
-        what = f" ({found[1]})" if found else ""
-        raise ValueError(
-            f"{path}: holds something other than tensors and plain containers{what}; "
-            "loading it could run code from the file, so it is refused. If you trust it, open it where that package is "
-            "installed and save its state_dict alone, best as .safetensors"
+        return load_archive(path, inert=TRAINER_PACKAGES)
+    except CodeInFileError as error:
+        raise FileError(
+            f"{path}: {error}; loading it could run code from the file, so it is refused. If you trust it, open it "
+            "where that package is installed and save its state_dict alone, best as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = str(error).partition("\n")[0][:120] or type(error).__name__
-        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
-
-
-class _Inert:
-    """Stands for a class of the trainer: takes what the file says about an object of it and keeps nothing."""
-
-    def __init__(self, *args: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _inert_classes(names: Iterable[str]) -> list[tuple[type, str]]:
-    """Stand-ins for those classes in a file that its trainer left beside the weights; no others are given one.
-
-    PyTorch Lightning names its callbacks by their classes, and counts some scores in NumPy's types.
-    """
-    return [(type(name, (_Inert,), {}), name) for name in names if name.startswith(TRAINER_PACKAGES)]
+    except UntrustedFileError as error:
+        raise FileError(f"{path}: {error}; not a checkpoint that can be read") from None
 
 
 def load_weights(path: str | Path, model: nn.Module, config_name: str = "the config") -> None:
@@ -316,23 +285,30 @@ def load_weights(path: str | Path, model: nn.Module, config_name: str = "the con
     """
     weights = read_weights(path)
     if any(".weight_quantizer" in name for name in weights):
-        raise ValueError(f"{path}: this is a quantized checkpoint; pass it with --cali_ckpt, not as the full model")
+        raise FileError(f"{path}: this is a quantized checkpoint; pass it with --cali_ckpt, not as the full model")
     expected = model.state_dict()
     differences = describe_differences(weights, expected)
     if differences:
         found, wanted = _architecture(weights), _architecture(expected)
         if found != wanted and found and wanted:
             differences.insert(0, f"the file's UNet has {found}, the config's {wanted}")
-        raise ValueError(f"{path}: does not fit the model of {config_name}: {'; '.join(differences)}")
+        raise FileError(f"{path}: does not fit the model of {config_name}: {'; '.join(differences)}")
     model.load_state_dict(weights, strict=True)
 
 
 def weights_facts(path: str | Path) -> dict[str, str]:
-    """What a file of weights says in its header of how they were made; nothing where it is pickled."""
+    """What a file of weights says in its header of how they were made; nothing where it is pickled.
+
+    Raises:
+        ValueError: it is missing or cannot be read.
+    """
     if Path(path).suffix != ".safetensors":
         return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    try:
+        with open_safetensors(path) as file:
+            return file.metadata() or {}
+    except UntrustedFileError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

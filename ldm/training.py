@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.utils import make_grid
+
+from ddim.untrusted import UntrustedFileError, open_safetensors, parse_json
 
 WARMUP_STEPS = 1000
 PRECISIONS = ("fp32", "bf16")
@@ -109,11 +110,14 @@ def load_image_set(folder: Path, part: str, size: int) -> ImageSet:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data names a folder with train.safetensors and heldout.safetensors")
     try:
-        content = load_file(path)
-        with safe_open(path, "pt") as file:
-            captions = json.loads((file.metadata() or {}).get("about", "{}")).get("captions")
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+        with open_safetensors(path) as file:
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = parse_json((file.metadata() or {}).get("about", "{}"))
+        captions = about.get("captions") if isinstance(about, dict) else 0
+        if captions is not None and not isinstance(captions, list):
+            raise UntrustedFileError("its captions are no list")
+    except UntrustedFileError as error:
+        raise ValueError(f"{path}: {error}") from None
     missing = {"images", "labels"} - content.keys()
     if missing:
         raise ValueError(f"{path}: has no tensor '{min(missing)}', only {', '.join(sorted(content)) or 'nothing'}")

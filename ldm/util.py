@@ -17,6 +17,7 @@ from torch import nn
 from yaml import YAMLError
 
 from ddim.config import ConfigError
+from ddim.untrusted import read_yaml_text, reason, refuse_interpolations
 
 TARGETS = frozenset(
     {
@@ -91,13 +92,14 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
             sections that the file has: a misspelt one would change nothing, and nobody would notice.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has no such section, or an override is not of one of them.
+        ConfigError: the file is missing, is not YAML of plain values (``${...}`` is none), or has no such section, or
+            an override is not of one of them.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.create(read_yaml_text(path))
         if not isinstance(config, DictConfig) or not config.get("model"):
             raise ConfigError(f"{path}: has no section 'model'")
         changes = OmegaConf.from_dotlist(list(overrides))
@@ -107,8 +109,10 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
         config = OmegaConf.merge(config, changes)
         if not isinstance(config.model, DictConfig):
             raise ConfigError(f"{path}: 'model' is no section but {config.model!r}")
-        model = OmegaConf.to_container(config.model, resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
+        model = OmegaConf.to_container(config.model)
+        refuse_interpolations(model, "model")
+    except ConfigError:
+        raise
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config: {reason(error)}") from None
     return model

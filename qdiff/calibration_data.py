@@ -10,8 +10,6 @@ embeddings with and without the condition.
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ddim.tensor_archive import CodeInFileError, load_archive
+from ddim.untrusted import FileError, UntrustedFileError
 from qdiff.files import atomic_file
 
 PLAIN_TENSOR_TIMESTEP = 800  # of a set that is one tensor of inputs without timesteps
 
 
-class CalibrationSetError(ValueError):
+class CalibrationSetError(FileError):
     """A calibration set that cannot be used; the message names the file, what is wrong and the remedy."""
 
 
@@ -175,22 +175,16 @@ def steps_of(path: str | Path) -> Iterator[SetStep]:
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise CalibrationSetError("no such file; scripts/make_calibration_data.py makes one")
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        try:
-            return torch.load(path, mmap=True, **options)
-        except (RuntimeError, ValueError):  # a file of the old format cannot be mapped
-            return torch.load(path, **options)
-    except pickle.UnpicklingError as error:
-        if re.search("GLOBAL|global|class|reduce", str(error)):  # what only code needs, not what garbage looks like
-            raise CalibrationSetError(
-                "refused: it holds something other than tensors and plain containers (nothing in it was run)"
-            ) from None
-        raise CalibrationSetError("not a file written by torch.save, or damaged") from None
+        return load_archive(path, repeated_rows=True)
+    except CodeInFileError:
+        raise CalibrationSetError(
+            "refused: it holds something other than tensors and plain containers (nothing in it was run)"
+        ) from None
+    except UntrustedFileError as error:
+        raise CalibrationSetError(f"{error}; make or fetch it again") from None
     except OSError as error:
         raise CalibrationSetError(f"cannot be read: {error.strerror}") from None
-    except Exception as error:  # torch.load meets a cut-off file with many kinds of exceptions
-        raise CalibrationSetError(f"truncated or damaged ({type(error).__name__}); make or fetch it again") from None
 
 
 def _check_structure(content: Any, cali_st: int, conditional: bool) -> None:
@@ -212,7 +206,7 @@ def _check_structure(content: Any, cali_st: int, conditional: bool) -> None:
     for name in names:
         if name not in content:
             raise CalibrationSetError(f"has no '{name}'; {wanted}")
-        if not isinstance(content[name], (list, tuple, Tensor)):
+        if not isinstance(content[name], (list, tuple, Tensor)) or getattr(content[name], "ndim", 1) == 0:
             raise CalibrationSetError(f"'{name}' is a {type(content[name]).__name__}; expected a list over steps")
         if len(content[name]) != len(content["xs"]):
             raise CalibrationSetError(

@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import platform
-import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from ddim.tensor_archive import CodeInFileError, is_state, load_archive
+from ddim.untrusted import FileError, UntrustedFileError, open_safetensors, parse_json, read_json, reason
 from qdiff.config import QuantConfig
 from qdiff.files import atomic_file, write_atomically
 from qdiff.output_scale import OutputScale
 from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizers import UniformAffineQuantizer, rounded_codes
+from qdiff.quantizers import UniformAffineQuantizer, check_grid, rounded_codes
 from qdiff.version import __version__
 
 FORMAT = "qdiff-packed"
@@ -39,7 +39,7 @@ FORMAT_VERSION = 2  # of files with timed ranges, a split input or an output sca
 PREFIX = "model."
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A calibrated checkpoint that cannot be used; the message names the difference and the flag that mends it."""
 
 
@@ -227,9 +227,9 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     if not facts.is_file():
         return None
     try:
-        return _info_from(json.loads(facts.read_text(encoding="utf-8")), facts)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{facts}: not a JSON file; remove it to rely on the flags alone") from None
+        return _info_from(read_json(facts), facts)
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{facts}: not a JSON file ({error}); remove it to rely on the flags alone") from None
 
 
 def load_quantized(
@@ -302,19 +302,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = _existing(path)
     try:
-        # Mapped: its tensors are copied into the network, and should not be held twice until then.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path}: refused: it holds more than tensors and plain containers, which would run code when loaded"
-            ) from None
-        raise CheckpointError(f"{path}: not a checkpoint, or cut short") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError):
-        raise CheckpointError(f"{path}: cannot be read: cut short, or not a checkpoint") from None
+        state = load_archive(path)  # mapped: its tensors are copied into the network, and not held twice until then
+    except CodeInFileError:
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors and plain containers, which would run code when loaded"
+        ) from None
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{path}: not a checkpoint, or cut short ({error})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state(state):
         raise CheckpointError(f"{path}: expected a dictionary of tensors")
     return state
 
@@ -330,6 +327,7 @@ def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_p
     expected = _published_shapes(qnn)
     _check_split(path, weights, expected)
     _check_architecture(path, {name: tuple(tensor.shape) for name, tensor in weights.items()}, expected)
+    _check_values(path, weights)
     _check_bits(path, qnn, weights)
     if quant_act:
         _check_act_entries(path, qnn, acts)
@@ -365,8 +363,11 @@ def _take_rounded(qnn: QuantModel, weights: Mapping[str, Tensor]) -> None:
         halves = layer.parts_of(weights[f"model.{path}.weight"])
         for (suffix, part), (quantizer, _) in zip(halves, layer.weight_quantizers(), strict=True):
             name = f"model.{path}.weight_quantizer{suffix}"
-            alpha, delta, zero_point = (weights[f"{name}.{entry}"] for entry in ("alpha", "delta", "zero_point"))
-            parts.append((rounded_codes(part, alpha, delta, zero_point, quantizer.bounds), delta, zero_point))
+            # In float32 whatever the file has: half precision would round other weights the other way.
+            alpha, delta, zero_point = (
+                weights[f"{name}.{entry}"].float() for entry in ("alpha", "delta", "zero_point")
+            )
+            parts.append((rounded_codes(part.float(), alpha, delta, zero_point, quantizer.bounds), delta, zero_point))
         layer.load_codes(parts, keep_full_precision=False)
 
 
@@ -395,6 +396,19 @@ def _check_architecture(path: Path, found: Mapping[str, tuple], expected: Mappin
         f"{path} belongs to another architecture: {'; '.join(part for part in parts if part)}. "
         "Give the --config it was calibrated with"
     )
+
+
+def _check_values(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Numbers are numbers, and grids are grids."""
+    for name, tensor in state.items():
+        owner, _, entry = name.rpartition(".")
+        try:
+            if entry == "delta":
+                check_grid(tensor, state[f"{owner}.zero_point"])
+            elif entry != "zero_point" and not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+                raise ValueError(f"holds NaN, infinite values or {tensor.dtype}")
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}; make or fetch it again") from None
 
 
 def _same_shape(a: tuple, b: tuple) -> bool:
@@ -441,6 +455,11 @@ def _check_act_entries(path: Path, qnn: QuantModel, acts: Mapping[str, Tensor]) 
         raise CheckpointError(f"{path} lacks {len(missing)} activation grids, as {missing[0]}; calibrate again")
     if extra := sorted(acts.keys() - expected):
         raise CheckpointError(f"{path} has {len(extra)} activation grids unknown here, as {extra[0]}")
+    for name, quantizer in qnn.act_quantizers().items():
+        found = acts[f"{PREFIX}{name}.delta"].shape
+        if found.numel() != quantizer.delta.numel():
+            raise CheckpointError(f"{path}: {PREFIX}{name}.delta is {_shape(tuple(found))} instead of one for its grid")
+    _check_values(path, acts)
     symmetric = [q.config.symmetric or q.config.always_zero for q in qnn.act_quantizers().values()]
     shifted = any(tensor.any() for name, tensor in acts.items() if name.endswith("zero_point"))
     if all(symmetric) and shifted:
@@ -453,8 +472,9 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
     metadata = _metadata(path)
     info = _info_from(metadata, path)
     _check_config(path, info.quant, qnn.config, quant_act=quant_act)
-    index = metadata["index"]
+    index = _index_of(path, metadata)
     tensors = _read_tensors(path)
+    _check_lengths(path, index, tensors, info.quant.weight_bit, quant_act=quant_act)
     layers = qnn.layers()
     full = other_tensors(qnn)
     found = {name: tuple(shape) for name, shape, *_ in index["layers"]} | {n: tuple(s) for n, s in index["full"]}
@@ -462,6 +482,9 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
     expected = {path: tuple(layer.weight.shape) for path, layer in layers.items()}
     expected |= {f"{path}.bias": tuple(layer.bias.shape) for path, layer in layers.items() if layer.bias is not None}
     _check_architecture(path, found, expected | {name: tuple(tensor.shape) for name, tensor in full.items()})
+    for name, _, cut, _ in index["layers"]:
+        if cut != cut_of(layers[name]):
+            raise CheckpointError(f"{path}: {name} is cut at channel {cut}, the model's at {cut_of(layers[name])}")
 
     names = ("codes", "delta", "zero_point", "bias", "full")
     codes, deltas, zeros, biases, values = (_Cursor(tensors[name]) for name in names)
@@ -479,10 +502,82 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
         full[name].data.copy_(values.take(math.prod(shape)).view(shape))
     if quant_act:
         quantizers = qnn.act_quantizers()
+        _check_architecture(
+            path,
+            {name: (groups,) for name, groups in zip(index["act"], index["act_groups"], strict=True)},
+            {name: (quantizer.delta.numel(),) for name, quantizer in quantizers.items()},
+        )
         deltas, zeros = _Cursor(tensors["act_delta"]), _Cursor(tensors["act_zero_point"])
-        for name, groups in zip(index["act"], index.get("act_groups", [1] * len(index["act"])), strict=True):
+        for name, groups in zip(index["act"], index["act_groups"], strict=True):
             shape = quantizers[name].delta.shape
             quantizers[name].set_grid(deltas.take(groups).view(shape), zeros.take(groups).view(shape))
+
+
+def _index_of(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The index in a header, with ``act_groups``; whatever follows may rely on its structure."""
+    index = metadata.get("index")
+    entries = index if isinstance(index, dict) else {}
+    layers, full, act = (entries.get(name) for name in ("layers", "full", "act"))
+    groups = entries.get("act_groups", [1] * len(act) if isinstance(act, list) else None)
+    lists = all(isinstance(entry, list) for entry in (layers, full, act, groups))
+    if not lists or not all(map(_is_layer, layers)) or not all(map(_is_full, full)):
+        raise CheckpointError(f"{path}: damaged: its index does not say where its tensors lie")
+    if len(groups) != len(act) or not all(map(_is_count, groups)) or not all(isinstance(name, str) for name in act):
+        raise CheckpointError(f"{path}: damaged: its index does not say where its activation grids lie")
+    names = [entry[0] for entry in (*layers, *full)]
+    for kind in (names, act):
+        if twice := [name for name, times in Counter(kind).items() if times > 1]:
+            raise CheckpointError(f"{path}: damaged: its index names {twice[0][:80]} twice")
+    return {"layers": layers, "full": full, "act": act, "act_groups": groups}
+
+
+def _is_layer(entry: Any) -> bool:
+    """[path, shape of the weight, cut, has a bias]"""
+    if not isinstance(entry, list) or len(entry) != 4 or not _is_full(entry[:2]) or len(entry[1]) < 2:
+        return False
+    _, shape, cut, has_bias = entry
+    return isinstance(has_bias, bool) and (cut == 0 or (_is_count(cut) and cut < shape[1])) and cut is not False
+
+
+def _is_full(entry: Any) -> bool:
+    """[name, shape]"""
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+        return False
+    return isinstance(entry[1], list) and all(map(_is_count, entry[1]))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_lengths(
+    path: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor], n_bits: int, *, quant_act: bool
+) -> None:
+    """The long tensors are exactly as long as the index needs, and hold what a network can be made of."""
+    parts = [part for _, shape, cut, _ in index["layers"] for part in _parts(shape, cut)]
+    grids = sum(part[0] for part in parts)
+    wanted = {
+        "codes": (torch.uint8, sum(packed_length(math.prod(part), n_bits) for part in parts)),
+        "delta": (torch.float32, grids),
+        "zero_point": (torch.int32, grids),
+        "bias": (torch.float32, sum(shape[0] for _, shape, _, has_bias in index["layers"] if has_bias)),
+        "full": (torch.float32, sum(math.prod(shape) for _, shape in index["full"])),
+    }
+    if quant_act:
+        groups = sum(index["act_groups"])
+        wanted |= {"act_delta": (torch.float32, groups), "act_zero_point": (torch.int32, groups)}
+    for name, (dtype, length) in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != dtype or tensor.shape != (length,):
+            found = "missing" if tensor is None else f"{tensor.dtype} {_shape(tuple(tensor.shape))}"
+            raise CheckpointError(f"{path}: damaged: {name} is {found}; its index needs {length} of {dtype}")
+        if name in ("bias", "full") and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: damaged: {name} holds NaN or infinite values")
+    for prefix in ("", "act_") if quant_act else ("",):
+        try:
+            check_grid(tensors[f"{prefix}delta"], tensors[f"{prefix}zero_point"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged: {prefix}delta, {prefix}zero_point: {error}") from None
 
 
 def _check_config(path: Path, theirs: QuantConfig, ours: QuantConfig, *, quant_act: bool) -> None:
@@ -563,37 +658,39 @@ def _info_of(qnn: QuantModel, info: Mapping[str, Any] | None) -> CheckpointInfo:
 
 def _info_from(facts: Mapping[str, Any], path: Path) -> CheckpointInfo:
     try:
-        return CheckpointInfo(
-            quant=QuantConfig(**facts["quant"]),
-            model_config=facts.get("model_config", {}),
-            calibration=facts.get("calibration", {}),
-            versions=facts.get("versions", {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not say how the network was quantized: {error}") from None
+        quant = QuantConfig(**facts["quant"])
+        others = {name: facts.get(name, {}) for name in ("model_config", "calibration", "versions")}
+        if wrong := [name for name, value in others.items() if not isinstance(value, dict)]:
+            raise ValueError(f"{wrong[0]} is no section")
+        return CheckpointInfo(quant=quant, **others)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: does not say how the network was quantized: {reason(error)}") from None
 
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             raw = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: cut short, or not a safetensors file ({error})") from None
-    if FORMAT not in raw:
-        raise CheckpointError(f"{path}: a safetensors file, but not a packed checkpoint; full precision goes to --ckpt")
-    metadata = json.loads(raw[FORMAT])
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {metadata['format_version']}; this release reads up to {FORMAT_VERSION}"
-        )
+        if FORMAT not in raw:
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not a packed checkpoint; full precision goes to --ckpt"
+            )
+        metadata = parse_json(raw[FORMAT])
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{path}: cannot be read: cut short or damaged ({error})") from None
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: its header does not say which format it has")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}; this release reads up to {FORMAT_VERSION}")
     return metadata
 
 
 def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except UntrustedFileError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 

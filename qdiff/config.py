@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,14 +90,20 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("weight_bit", WEIGHT_BITS), ("act_bit", ACT_BITS), ("sm_abit", ACT_BITS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(map(str, allowed))}")
+            value = getattr(self, name)
+            if isinstance(value, (bool, float)) or value not in allowed:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+        for name in ("quant_act", "a_sym", "split", "split_input"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: true or false")
         for name in ("weight_range", "act_range"):
             if getattr(self, name) not in RANGE_METHODS:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(RANGE_METHODS)}")
         if self.timed_ranges not in TIMED_RANGES:
             raise ValueError(f"timed_ranges={self.timed_ranges!r}: choose one of {', '.join(TIMED_RANGES)}")
         object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))  # a list, as JSON has it
+        if not all(map(math.isfinite, self.timesteps)):
+            raise ValueError(f"timesteps={self.timesteps}: not all are numbers")
         if any(later <= earlier for earlier, later in itertools.pairwise(self.timesteps)):
             raise ValueError(f"timesteps={self.timesteps}: must ascend, without repetition")
         if self.timesteps and not self.timed:

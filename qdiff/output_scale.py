@@ -46,7 +46,7 @@ class OutputScale(nn.Module):
         for name, values in (tables | means).items():
             table = None if values is None else torch.as_tensor(values, dtype=torch.float32).detach().clone()
             self.register_buffer(name, table, persistent=False)
-        if not len(self.timesteps) or not bool((self.timesteps.diff() > 0).all()):
+        if self.timesteps.dim() != 1 or not len(self.timesteps) or not bool((self.timesteps.diff() > 0).all()):
             raise ValueError("timesteps must ascend, without repetition, and be at least one")
         for name in ("weights", "activations"):
             table = getattr(self, name)
@@ -55,6 +55,8 @@ class OutputScale(nn.Module):
             mean = getattr(self, f"{name}_mean")
             if mean is not None and (table is None or mean.dim() != 4 or len(mean) != len(self.timesteps)):
                 raise ValueError(f"{name}_mean: needs one map for each of the {len(self.timesteps)} timesteps")
+        if not all(bool(table.isfinite().all()) for table in self.tables.values()):
+            raise ValueError("holds NaN or infinite values")
 
     @property
     def tables(self) -> dict[str, Tensor]:

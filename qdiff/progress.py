@@ -14,21 +14,23 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from ddim.untrusted import FileError, UntrustedFileError, open_safetensors, parse_json, read_json, reason
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CalibrationConfig
 from qdiff.files import write_atomically
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, Unit
+from qdiff.quantizers import check_grid
 from qdiff.reconstruction import Phase, TracePoint, UnitReport
 from qdiff.version import __version__
 
@@ -54,7 +56,7 @@ _UNDECIDING_SOURCES = (
 log = logging.getLogger(__name__)
 
 
-class ProgressError(ValueError):
+class ProgressError(FileError):
     """The folder holds units of another calibration; the message names what differs and how to start anew."""
 
 
@@ -243,16 +245,19 @@ class CalibrationProgress:
         """Put a unit's learned values into the network, where they are there."""
         if not self.has(unit, phase, number):
             return None
-        tensors, facts = self._read(self._path(_name(unit, phase, number)))
-        if phase == "weights":
-            for path, layer in unit.module.named_modules():
-                if isinstance(layer, QuantModule) and _has_rounding(path, tensors):
-                    layer.learn_rounding()
-        _load_state(_quantizers(unit.module, phase), tensors)
+        path = self._path(_name(unit, phase, number))
+        with _refused_as_damaged(path):
+            tensors, facts = self._read(path)
+            finished = FinishedUnit.from_dict(facts)
+            if phase == "weights":
+                for name, layer in unit.module.named_modules():
+                    if isinstance(layer, QuantModule) and _has_rounding(name, tensors):
+                        layer.learn_rounding()
+            _load_state(_quantizers(unit.module, phase), tensors)
         if phase == "weights":
             for layer in unit.layers():
                 layer.bake()
-        return FinishedUnit.from_dict(facts)
+        return finished
 
     def keep_ranges(self, qnn: QuantModel) -> None:
         """Put the activation ranges, as they are before their step sizes are learned, on the disk."""
@@ -262,7 +267,8 @@ class CalibrationProgress:
         """Put the activation ranges into the network; False where they are not there."""
         if RANGES not in self._there:
             return False
-        _load_state(qnn.act_quantizers(), self._read(self._path(RANGES))[0])
+        with _refused_as_damaged(self._path(RANGES)):
+            _load_state(qnn.act_quantizers(), self._read(self._path(RANGES))[0])
         return True
 
     def remove(self) -> None:
@@ -285,34 +291,47 @@ class CalibrationProgress:
             _DamagedError: it is cut short or altered, or belongs to another calibration.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            header = metadata.get(_HEADER, "")
+            if metadata.get(_CHECKSUM) != _text_hash(header + tensor_hash(tensors)):
+                raise _DamagedError("damaged (its checksum is wrong)")
+            content = parse_json(header)
+        except UntrustedFileError as error:
             raise _DamagedError(f"cannot be read ({error})") from None
-        header = metadata.get(_HEADER, "")
-        if metadata.get(_CHECKSUM) != _text_hash(header + tensor_hash(tensors)):
-            raise _DamagedError("damaged (its checksum is wrong)")
-        content = json.loads(header)
-        if content["calibration"] != self._calibration:
+        if not isinstance(content, dict) or content.get("calibration") != self._calibration:
             raise _DamagedError("of another calibration")
-        return tensors, content["facts"]
+        return tensors, content.get("facts", {})
 
 
 class _DamagedError(ValueError):
     """A file that cannot be used."""
 
 
+@contextmanager
+def _refused_as_damaged(path: Path) -> Iterator[None]:
+    """A file whose checksum is right may still be none that :meth:`CalibrationProgress.keep` wrote."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise ProgressError(
+            f"{path}: damaged ({reason(error)}); remove it, and what it held is learned again"
+        ) from None
+
+
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """None where there is none, or none that can be read: the files then show whether they belong here."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if content["identity"] and content["device"] else None
+        content = read_json(path)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        log.warning("%s: damaged; written anew", path)
-        return None
+    except UntrustedFileError:
+        content = None
+    if isinstance(content, dict) and content.get("device") and isinstance(content.get("identity"), dict):
+        return content
+    log.warning("%s: damaged; written anew", path)
+    return None
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -353,6 +372,7 @@ def _load_state(quantizers: Mapping[str, nn.Module], tensors: Mapping[str, Tenso
     for path, quantizer in quantizers.items():
         own = quantizer.state_dict()
         state = {name: tensors[f"{path}.{name}"] for name in own}
+        check_grid(state["delta"], state["zero_point"])
         for name, tensor in quantizer.state_dict(keep_vars=True).items():
             if tensor.shape != state[name].shape:  # a grid takes its shape from the tensor it was found for
                 tensor.data = torch.empty_like(state[name], device=tensor.device)

@@ -294,6 +294,32 @@ class AdaRoundQuantizer(nn.Module):
 
 WeightQuantizer = UniformAffineQuantizer | AdaRoundQuantizer
 
+MAX_ZERO_POINT = 2**31  # what the packed format can say
+
+
+@torch.no_grad()
+def check_grid(delta: Tensor, zero_point: Tensor) -> None:
+    """Whether stored step sizes and zero points are those of a grid.
+
+    Raises:
+        ValueError: a step size that is not a positive number, a zero point that is no whole one, or unlike shapes.
+    """
+    if delta.numel() != zero_point.numel():
+        raise ValueError(f"{delta.numel()} step sizes and {zero_point.numel()} zero points")
+    if not delta.is_floating_point() or zero_point.is_complex() or zero_point.dtype == torch.bool:
+        raise ValueError(f"step sizes are {delta.dtype}, zero points {zero_point.dtype}; expected numbers")
+    steps = delta.float()
+    if not bool((steps.isfinite() & (steps > 0)).all()):
+        raise ValueError(f"the step size {_first(steps, ~(steps.isfinite() & (steps > 0)))} is not a positive number")
+    zeros = zero_point.double()
+    whole = zeros.isfinite() & (zeros == zeros.round()) & (zeros.abs() < MAX_ZERO_POINT)
+    if not bool(whole.all()):
+        raise ValueError(f"the zero point {_first(zeros, ~whole)} is no whole number of 32 bits")
+
+
+def _first(values: Tensor, chosen: Tensor) -> float:
+    return values[chosen][0].item() if values.dim() else values.item()
+
 
 @torch.no_grad()
 def integer_codes(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:

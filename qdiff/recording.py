@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ddim.untrusted import UntrustedFileError, read_json
 from qdiff.calibration_data import CalibrationSetError, SampleBatch, batches, kept_steps, record_batch
 from qdiff.files import write_atomically
 from qdiff.progress import ProgressError, flat
@@ -207,6 +208,7 @@ class Recording:
                 was = before["rounded_by"].get(name)
                 if was != value:
                     log.warning("%s: %s is %s, was %s: the rest has other last digits", self.folder, name, value, was)
+            self._check_whole()
             self._check_room()
             return
         self._remove()
@@ -245,11 +247,22 @@ class Recording:
     def _manifest(self) -> dict[str, Any] | None:
         """None where there is none, or the folder is not complete."""
         try:
-            content = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            content = read_json(self.folder / MANIFEST)
+        except (FileNotFoundError, NotADirectoryError, UntrustedFileError):
             return None
         there = self.file.path.is_file() and (self.folder / DONE).is_file()
-        return content if there and isinstance(content, dict) and {"identity", "rounded_by"} <= content.keys() else None
+        facts = content if isinstance(content, dict) else {}
+        return facts if there and all(isinstance(facts.get(key), dict) for key in ("identity", "rounded_by")) else None
+
+    def _check_whole(self) -> None:
+        """What an interrupted command left has the lengths that it was made with."""
+        for path, length in ((self.folder / DONE, self.layout.n_samples), (self.file.path, self.file.size)):
+            found = path.stat().st_size
+            if found != length:
+                raise ProgressError(
+                    f"{path}: damaged: it has {found} bytes instead of {length}; start anew: remove {self.folder}, "
+                    "which make_calibration_data.py --force does"
+                )
 
     def _remove(self) -> None:
         """Delete the folder if it is one of ours, and nothing else that may have its name."""

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch.utils.data import Dataset
 
 from ddim.datasets import DatasetUnavailable
+from ddim.untrusted import UntrustedFileError, open_safetensors, parse_json, reason
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -63,16 +63,32 @@ class EmojiImages(Dataset[dict[str, Any]]):
         if not path.is_file():
             raise DatasetUnavailable(f"{path}: no such file; scripts/prepare_emoji.py --out {folder} makes it")
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["about"])
+            with open_safetensors(path) as file:
+                about = parse_json((file.metadata() or {})["about"])
+                if set(file.keys()) != {"images", "labels"}:
+                    raise UntrustedFileError(f"it holds {len(file.keys())} tensors")
                 self.images = file.get_tensor("images").permute(0, 3, 1, 2).contiguous()  # N, H, W, 3 -> N, 3, H, W
                 self.labels: torch.Tensor = file.get_tensor("labels")
             self.captions: list[str] = about["captions"]
             self.emoji: list[str] = about["emoji"]
             self.classes: list[str] = about["classes"]
             self.made_with: dict[str, Any] = about["made_with"]
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise DatasetUnavailable(f"{path}: not a file of scripts/prepare_emoji.py ({error})") from None
+            self._check()
+        except (UntrustedFileError, KeyError, TypeError, RuntimeError) as error:
+            raise DatasetUnavailable(f"{path}: not a file of scripts/prepare_emoji.py ({reason(error)})") from None
+
+    def _check(self) -> None:
+        count = len(self.images)
+        if self.images.dtype != torch.uint8 or self.labels.dtype != torch.int64 or self.labels.shape != (count,):
+            raise UntrustedFileError("images and labels of another type or number")
+        for name in ("captions", "emoji", "classes"):
+            texts = getattr(self, name)
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UntrustedFileError(f"its {name} are no list of texts")
+        if len(self.captions) != count or len(self.emoji) != count:
+            raise UntrustedFileError(f"{len(self.captions)} captions and {len(self.emoji)} emoji of {count} images")
+        if not bool(((self.labels >= 0) & (self.labels < len(self.classes))).all()):
+            raise UntrustedFileError("labels of no class")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddim.untrusted import gunzip, reason
 from ldm.modules.encoders.tokenizers import LOCAL_TOKENIZERS, read_merges, write_clip_tokenizer
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import Parser, check_file
 
 PROGRAM = "make_clip_tokenizer.py"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+MAX_UNPACKED = 16 << 20  # bytes; it has 3 MB
 DEFAULT_OUT = LOCAL_TOKENIZERS / "clip-vit-large-patch14"
 EXAMPLES = """\
 example: the vocabulary is in the wheel of open_clip_torch, of which nothing else is needed
@@ -61,9 +63,11 @@ def merges_in(source: Path) -> list[tuple[str, str]]:
         packed = source.read_bytes()
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as wheel:
-                packed = wheel.read(next(name for name in wheel.namelist() if Path(name).name == VOCABULARY))
-        return read_merges(gzip.decompress(packed).decode("utf-8"))
+                entry = next(entry for entry in wheel.infolist() if Path(entry.filename).name == VOCABULARY)
+                with wheel.open(entry) as file:
+                    packed = file.read(MAX_UNPACKED)
+        return read_merges(gunzip(packed, MAX_UNPACKED).decode("utf-8"))
     except StopIteration:
         raise UserError(f"{source}: holds no {VOCABULARY}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
-        raise UserError(f"{source}: is not {VOCABULARY} nor a wheel with it, or damaged ({error})") from None
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{source}: is not {VOCABULARY} nor a wheel with it, or damaged ({reason(error)})") from None

@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from ddim.models import build, load_pixel_config
+from ddim.untrusted import UntrustedFileError, read_yaml_text
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config, load_model_config
 from qdiff.cli.errors import UserError, exit_on_error
@@ -161,8 +162,8 @@ def _is_latent(path: Path) -> bool:
     if path.is_dir():  # diffusers saved it
         return False
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = yaml.safe_load(read_yaml_text(path))
+    except (UntrustedFileError, OSError):
         return False
     model = content.get("model") if isinstance(content, dict) else None
     return isinstance(model, dict) and "target" in model

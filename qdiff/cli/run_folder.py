@@ -32,6 +32,7 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from ddim.untrusted import UntrustedFileError, read_image, read_yaml_text
 from qdiff.cli.errors import UserError
 from qdiff.files import atomic_file, write_atomically
 
@@ -283,20 +284,26 @@ def continue_command(argv: Sequence[str], folder: Path, flags: Sequence[str] = L
 
 
 def read_png(path: Path) -> Tensor:
-    """C x H x W in [0, 1]."""
-    with Image.open(path) as image:
-        return to_tensor(image)
+    """C x H x W in [0, 1].
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return to_tensor(_opened(path))
 
 
 def _pixels(path: Path) -> np.ndarray:
     """H x W x 3, uint8."""
+    return np.asarray(_opened(path, "RGB"))
+
+
+def _opened(path: Path, mode: str | None = None) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        trouble = error.strerror or "damaged"
+        return read_image(path, mode)
+    except UntrustedFileError as error:
+        trouble = str(error)
     # Not from within the handler: an operating system's error in the chain is taken for one of the file being written.
-    raise UserError(f"{path}: cannot be read ({trouble}); delete it and continue the run, which makes it again")
+    raise UserError(f"{path}: {trouble}; delete it and continue the run, which makes it again")
 
 
 def _png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
@@ -354,8 +361,8 @@ def read_options(path: Path, layout: Layout = LAYOUT) -> dict[str, Any]:
         UserError: the file is something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = yaml.safe_load(read_yaml_text(path))
+    except UntrustedFileError:
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not the options of a run; give {layout.flag} another folder to start a new run")

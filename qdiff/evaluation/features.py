@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from ddim.untrusted import UntrustedFileError, open_safetensors
 from qdiff.evaluation.frechet import FeatureAccumulator, FeatureStatistics, equal_mixture
 from qdiff.files import write_atomically
 
@@ -51,9 +51,13 @@ class Classifier(nn.Module):
         path = _existing(path)
         model = cls()
         try:
-            model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path}: not the weights of a {cls.__name__}: {error}") from None
+            with open_safetensors(path) as file:
+                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+                raise UntrustedFileError("NaN or infinite weights")
+        except (UntrustedFileError, RuntimeError) as error:
+            said = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+            raise ValueError(f"{path}: not the weights of a {cls.__name__}: {said[:400]}") from None
         return model.eval().requires_grad_(False).to(device)
 
     @property
@@ -100,12 +104,12 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> Cla
     """
     path = _existing(path)
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             name = (file.metadata() or {}).get("network", "fashion_mnist")
-    except SafetensorError as error:
+    except UntrustedFileError as error:
         raise ValueError(f"{path}: not the weights of a classifier: {error}") from None
     if name not in NETWORKS:
-        raise ValueError(f"{path}: holds the network {name!r}; known are {', '.join(NETWORKS)}")
+        raise ValueError(f"{path}: holds the network {name[:80]!r}; known are {', '.join(NETWORKS)}")
     return NETWORKS[name].load(path, device)
 
 

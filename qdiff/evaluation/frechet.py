@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ddim.untrusted import UntrustedFileError, open_npz, open_safetensors, read_npz_array, reason
 from qdiff.files import atomic_file, write_atomically
 
 
@@ -75,19 +74,23 @@ class FeatureStatistics:
         if Path(path).suffix == ".npz":
             return cls._from_npz(path)
         try:
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 header = file.metadata() or {}
+                if set(file.keys()) != {"mean", "covariance"}:
+                    raise ValueError(f"it holds {len(file.keys())} tensors")
                 moments = file.get_tensor("mean"), file.get_tensor("covariance")
-                return cls(*moments, int(header["count"]), header["name"], header.get("network", ""))
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not a file of feature statistics: {error}") from None
+                found = cls(*moments, int(header["count"]), header["name"], header.get("network", ""))
+            if found.count < 2 or not all(bool(x.isfinite().all()) for x in moments):
+                raise ValueError("numbers that no features have")
+            return found
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not a file of feature statistics: {reason(error)}") from None
 
     @classmethod
     def _from_npz(cls, path: str | Path) -> FeatureStatistics:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            mean, covariance = (torch.from_numpy(read_npz_array(path, x).astype(np.float64)) for x in ("mu", "sigma"))
+        except UntrustedFileError as error:
             raise ValueError(f"{path}: not a file of feature statistics (mu and sigma): {error}") from None
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path}: its mu or sigma holds NaN or infinite values")
@@ -99,12 +102,12 @@ def holds_statistics(path: str | Path) -> bool:
     path = Path(path)
     try:
         if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
+            with open_npz(path) as archive:
                 return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 return {"mean", "covariance"} <= set(file.keys())
-    except (OSError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, UntrustedFileError):
         return False  # whoever reads it says what is the matter
     return False
 

@@ -5,10 +5,10 @@ A set is a folder, an ``.npz``, ``.pt`` or ``.safetensors`` file, an LMDB, or CI
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
+from PIL import Image
 from torch import Tensor
 
 from ddim.config import DataConfig
 from ddim.datasets import IMAGE_SUFFIXES, DatasetUnavailable, open_dataset
+from ddim.tensor_archive import load_archive
+from ddim.untrusted import (
+    UntrustedFileError,
+    npz_errors,
+    open_npz,
+    open_safetensors,
+    read_image,
+    read_npy_header,
+)
 from qdiff.evaluation.errors import EvaluationError
 from qdiff.evaluation.preparation import DEFAULT_FILTER, square_image
 
@@ -169,8 +177,8 @@ class FolderImages(ImageSet):
     def texts(self) -> list[str]:
         texts = []
         for file in self.files:
-            with _opened(file) as image:
-                text = getattr(image, "text", {}).get("prompt")
+            with _told(file):
+                text = read_image(file).info.get("prompt")
             if text is None:
                 raise EvaluationError(f"{file}: its file names no prompt; name a file of them with --captions")
             texts.append(text)
@@ -264,28 +272,22 @@ class ArchiveImages(ImageSet):
 
     def __init__(self, path: Path, reading: Reading):
         super().__init__(path, reading)
-        try:
-            self._archive = zipfile.ZipFile(path)
-            names = [name for name in self._archive.namelist() if name.endswith(".npy")]
-            if not names:
-                raise EvaluationError(f"{path}: holds no array")
-            self._name = names[0]
-            with self._archive.open(self._name) as file:
-                self._shape, self._offset = _array_header(file, path)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise EvaluationError(f"{path}: not an .npz that can be read ({error})") from None
-        self._file = self._archive.open(self._name)
+        with _told(path), npz_errors():
+            archive = open_npz(path)
+            self._file = archive.open(archive.namelist()[0])
+            self._shape = _image_array(*read_npy_header(self._file, archive.infolist()[0].file_size))
+            self._offset = self._file.tell()
 
     def __len__(self) -> int:
         return self._shape[0]
 
     def read(self, start: int, stop: int) -> Tensor:
         size = int(np.prod(self._shape[1:]))
-        try:
+        with _told(self.path), npz_errors():
             self._file.seek(self._offset + start * size)
             content = self._file.read((stop - start) * size)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise EvaluationError(f"{self.path}: damaged ({error})") from None
+            if stop == len(self):
+                self._file.read(1)  # compares the checksum, where all before was read in order
         if len(content) != (stop - start) * size:
             raise EvaluationError(f"{self.path}: cut short; it holds fewer images than the {len(self)} it promises")
         images = np.frombuffer(content, np.uint8).reshape(stop - start, *self._shape[1:])
@@ -301,28 +303,25 @@ def decoded(source: Path | BinaryIO, reading: Reading, name: object) -> np.ndarr
     Raises:
         EvaluationError: it cannot be read, or has more than 8 bits a channel.
     """
-    with _opened(source, name) as image:
-        if image.mode.startswith(REFUSED_MODES):
-            raise EvaluationError(
-                f"{name}: has more than 8 bits a channel (mode {image.mode}); make 8-bit images of it"
-            )
-        channels = reading.channels or KNOWN_MODES.get(image.mode, 3)
-        try:
-            image = image.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError) as error:
-            raise EvaluationError(f"{name}: not an image that can be read ({error})") from None
+    with _told(name):
+        image = read_image(source)
+    if image.mode.startswith(REFUSED_MODES):
+        raise EvaluationError(f"{name}: has more than 8 bits a channel (mode {image.mode}); make 8-bit images of it")
+    channels = reading.channels or KNOWN_MODES.get(image.mode, 3)
+    image = image.convert("L" if channels == 1 else "RGB")
     if reading.size is not None:
         image = square_image(image, reading.size, reading.method)
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _opened(source: Path | BinaryIO, name: object | None = None) -> Image.Image:
+@contextlib.contextmanager
+def _told(name: object) -> Iterator[None]:
+    """Files that are not what they claim to be, as an :class:`EvaluationError` that names them."""
     try:
-        return Image.open(source)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        trouble = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise EvaluationError(f"{name or source}: not an image that can be read ({trouble})") from None
+        yield
+    except UntrustedFileError as error:
+        raise EvaluationError(f"{name}: {error}") from None
 
 
 def _stacked(images: Sequence[np.ndarray], names: Sequence[object], shape: tuple[int, ...], first: object) -> Tensor:
@@ -367,41 +366,29 @@ def as_bytes(images: Tensor) -> Tensor:
     return images if images.dtype == torch.uint8 else images.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _array_header(file: Any, path: Path) -> tuple[tuple[int, ...], int]:
-    """Shape of an array of images in an ``.npy``, and where its values begin.
-
-    Raises:
-        EvaluationError: something else than images.
-    """
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(file)
-    except (ValueError, KeyError) as error:
-        raise EvaluationError(f"{path}: its first array cannot be read ({error})") from None
+def _image_array(shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> tuple[int, ...]:
+    """The shape, if it is one of images."""
     good = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))
-    if dtype != np.uint8 or fortran or not good:
-        raise EvaluationError(
-            f"{path}: expected images, uint8, N x H x W or N x H x W x 3; its first array is {dtype} of shape {shape}"
+    if dtype != np.uint8 or fortran or not good or 0 in shape:
+        raise UntrustedFileError(
+            f"expected images, uint8, N x H x W or N x H x W x 3; its first array is {dtype} of shape {shape}"
         )
-    return shape, file.tell()
+    return shape
 
 
 def _tensor_of(path: Path) -> Tensor:
-    try:
-        images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise EvaluationError(f"{path}: not a tensor that can be read ({str(error).splitlines()[0]})") from None
+    with _told(path):
+        images = load_archive(path)
     _check(images, path)
     return images
 
 
 def _images_of(path: Path) -> Tensor:
-    try:
-        with safe_open(path, "pt") as file:
-            images = file.get_tensor("images").permute(0, 3, 1, 2)  # N, H, W, C -> N, C, H, W
-    except (SafetensorError, RuntimeError) as error:
-        raise EvaluationError(f"{path}: no data set with N x H x W x C images in it ({error})") from None
+    with _told(path), open_safetensors(path) as file:
+        images = file.get_tensor("images") if "images" in file.keys() else None  # noqa: SIM118 - not a mapping
+    if images is None or images.ndim != 4:
+        raise EvaluationError(f"{path}: no data set with N x H x W x C images in it")
+    images = images.permute(0, 3, 1, 2)  # N, H, W, C -> N, C, H, W
     _check(images, path)
     return images
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ddim import untrusted
 from qdiff.files import write_atomically
 from qdiff.version import __version__
 
@@ -68,8 +69,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = untrusted.read_json(path)
+    except untrusted.UntrustedFileError:
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a file of figures; remove it or name another")

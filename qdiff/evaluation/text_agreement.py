@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ddim.untrusted import open_safetensors, parse_json, reason
 from qdiff.evaluation.features import Classifier, guesses, pooled_features
 from qdiff.files import write_atomically
 
@@ -89,15 +89,23 @@ class KnownImages:
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such file of known images")
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["about"])
+            with open_safetensors(path) as file:
+                about = parse_json((file.metadata() or {})["about"])
+                if set(file.keys()) != {"features", "labels", "bases"}:
+                    raise ValueError(f"it holds {len(file.keys())} tensors")
                 tensors = (file.get_tensor(name) for name in ("features", "labels", "bases"))
                 features, labels, bases = tensors
             known = cls(
                 features.float(), labels.long(), bases.long(), tuple(about["captions"]), about["classifier_sha256"]
             )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a file of known images: {error}") from None
+            if features.dim() != 2 or labels.shape != bases.shape or labels.shape != (len(features),):
+                raise ValueError("features, labels and bases of unlike shapes")
+            if len(known.captions) != len(features) or not all(isinstance(text, str) for text in known.captions):
+                raise ValueError(f"{len(known.captions)} captions of {len(features)} images")
+            if not bool(features.isfinite().all()):
+                raise ValueError("features that are no numbers")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a file of known images: {reason(error)}") from None
         if _digest(classifier_file) != known.classifier:
             raise ValueError(f"{path}: its features are not those of {classifier_file} but of another classifier")
         return known

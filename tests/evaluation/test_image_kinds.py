@@ -114,8 +114,8 @@ def test_photographs_of_several_sizes_are_refused_or_made_square(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.png", b"no image", "unknown format"),
-        ("a.png", encoded(np.zeros((64, 64, 3), np.uint8))[:60], "not an image that can be read"),
+        ("a.png", b"no image", "not a readable image"),
+        ("a.png", encoded(np.zeros((64, 64, 3), np.uint8))[:60], "not a readable image"),
         ("a.png", encoded(np.zeros((4, 4), np.uint16)), "more than 8 bits"),
     ],
 )

@@ -26,6 +26,7 @@ from .commands import REPOSITORY, Commands, serving, wait_for
 from .conftest import Miniature
 
 KILLS = 10
+SAMPLING_KILLS = 3
 UNITS = 18  # of the miniature network, in each of two phases
 CHECKPOINTS = ("ckpt.pth", "ckpt.json", "ckpt.safetensors")
 
@@ -126,6 +127,25 @@ def test_sigkill_at_random_moments(miniature, commands: Commands, uninterrupted:
     commands.start([*flags(miniature), "-l", str(run_folder(out))])
     assert commands.wait() == 0, commands.said()
     assert_finished_alike(run_folder(out), uninterrupted)
+
+
+def test_sigkill_while_sampling(miniature, commands: Commands, tmp_path: Path) -> None:
+    """Every image that is there is whole, and those that were missing become what they would have been."""
+    argv = [*miniature.flags(), "--max_images", "12", "--batch_size", "1"]
+    main([*argv, "-l", str(tmp_path / "whole")])
+    whole, out = run_folder(tmp_path / "whole") / "img", tmp_path / "out"
+    for enough in range(2, 2 + 2 * SAMPLING_KILLS, 2):
+        commands.start([*argv, "-l", str(run_folder(out))])
+        wait_for(lambda enough=enough: len(list(out.glob("samples/*/img/0*.png"))) >= enough, commands)
+        commands.kill(signal.SIGKILL)
+        commands.wait()
+        for path in out.glob("samples/*/img/0*.png"):
+            assert path.read_bytes() == (whole / path.name).read_bytes()
+    commands.start([*argv, "-l", str(run_folder(out))])
+    assert commands.wait() == 0, commands.said()
+    found = run_folder(out) / "img"
+    assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in found.iterdir())
 
 
 def finished(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import requests
 
 from ddim.config import ConfigError
+from ddim.untrusted import MAX_JSON_BYTES, UntrustedFileError, read_json, reason
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LOCAL_TOKENIZERS = REPOSITORY / "models" / "tokenizers"
@@ -53,6 +54,12 @@ CLIP = TokenizerKind("CLIPTokenizer", (("vocab.json", "merges.txt"), ("tokenizer
 BERT = TokenizerKind("BertTokenizerFast", (("vocab.txt",), ("tokenizer.json",)))
 
 
+TOKENIZER_FILES = (
+    *dict.fromkeys(name for kind in (CLIP, BERT) for names in kind.files for name in names),
+    "tokenizer_config.json",
+)
+
+
 class TokenizerError(ConfigError):
     """No tokenizer is at hand; the message says which files to put where."""
 
@@ -72,10 +79,16 @@ def load_tokenizer(kind: TokenizerKind, name: str, folder: str | Path | None = N
     cls = getattr(transformers, kind.class_name)
     if place is not None:
         try:
-            return cls.from_pretrained(str(place), local_files_only=True)
-        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            vocabulary = check_vocabulary(place)
+            tokenizer = _complete(cls.from_pretrained(str(place), local_files_only=True))
+            if added := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
+                raise UntrustedFileError(f"its options add the token {added[0]!r}, which the vocabulary has not")
+            return tokenizer
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # what a damaged file raises depends on where; panics are no Exception
             raise TokenizerError(
-                f"{place}: its tokenizer cannot be read ({_reason(error)}); it needs {kind.wanted} of {name}"
+                f"{place}: its tokenizer cannot be read ({reason(error)}); it needs {kind.wanted} of {name}"
             ) from None
     with quiet_hub():
         for only_cached in (True, False):
@@ -84,7 +97,7 @@ def load_tokenizer(kind: TokenizerKind, name: str, folder: str | Path | None = N
                     reach_hub()
                 return _complete(cls.from_pretrained(name, local_files_only=only_cached))
             except Exception as error:  # no network, no such name, a broken cache: the remedy is the same
-                trouble = _reason(error)
+                trouble = reason(error)
     raise TokenizerError(
         f"the tokenizer of {name} is neither here nor to be had from the hub ({trouble}). Put {kind.wanted} of it into "
         f"{_own_folder(name)}, or name a folder that has them with --tokenizer"
@@ -122,10 +135,71 @@ def folder_beside(config: str | Path, name: str) -> Path | None:
     return folder
 
 
+def check_vocabulary(folder: Path) -> dict[str, int]:
+    """Whether the files that a tokenizer is read from are what they should be: in the folder, not too long, and every
+    token with a number of its own, from 0 on without gaps.
+
+    Returns:
+        The tokens of all of them and their numbers.
+
+    Raises:
+        UntrustedFileError: naming the file.
+    """
+    vocabulary: dict[str, int] = {}
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve().parent):
+            raise UntrustedFileError(f"{name} is a link that leads elsewhere")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UntrustedFileError(f"{name} is longer than {MAX_JSON_BYTES >> 20} MiB")
+        try:
+            content = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UntrustedFileError(f"{name}: {reason(error)}") from None
+        if name == "vocab.txt":
+            lines = content.removesuffix("\n").split("\n")
+            content = {line: number for number, line in enumerate(lines)}
+        if name.startswith("vocab."):
+            vocabulary |= _numbered(name, content)
+        elif name == "tokenizer.json":
+            vocabulary |= _numbered(name, _backend_vocabulary(name, content))
+        elif name == "tokenizer_config.json":
+            _check_options(name, content)
+    return vocabulary
+
+
+def _numbered(name: str, vocabulary: Any) -> dict[str, int]:
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
+    if any(type(number) is not int for number in numbers) or sorted(numbers) != list(range(len(numbers))):
+        raise UntrustedFileError(f"{name} does not number its tokens from 0 on, each once")
+    return vocabulary
+
+
+def _backend_vocabulary(name: str, content: Any) -> dict[str, Any]:
+    """The library's own format: a model with a vocabulary, and tokens that were added to it."""
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = content.get("added_tokens") or [] if isinstance(content, dict) else []
+    if not isinstance(vocabulary, dict) or not isinstance(added, list):
+        raise UntrustedFileError(f"{name} has no vocabulary")
+    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
+        raise UntrustedFileError(f"{name} adds what is no token")
+    return vocabulary | {token["content"]: token.get("id") for token in added}
+
+
+def _check_options(name: str, content: Any) -> None:
+    """What a tokenizer's class is made with: not which files or code it is read from, which the folder has to say."""
+    if not isinstance(content, dict):
+        raise UntrustedFileError(f"{name} holds no options")
+    if found := [key for key in content if key.endswith("_file") or key == "auto_map"]:
+        raise UntrustedFileError(f"{name} has the option {found[0]!r}, which would read or run another file")
+
+
 def tokenizer_files(folder: str | Path) -> dict[str, bytes]:
     """Name and content of those files of a folder that tokenizers are read from."""
-    names = [name for kind in (CLIP, BERT) for names in kind.files for name in names] + ["tokenizer_config.json"]
-    paths = [Path(folder) / name for name in dict.fromkeys(names)]
+    paths = [Path(folder) / name for name in TOKENIZER_FILES]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
@@ -163,10 +237,6 @@ def _complete(tokenizer: Any) -> Any:
     if len(tokenizer) < 10:
         raise OSError("no vocabulary found")
     return tokenizer
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200].rstrip(" .")
 
 
 @contextlib.contextmanager
