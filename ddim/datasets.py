@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,18 @@ from torchvision.transforms import functional as TF
 
 from ddim.config import DataConfig
 
-ImageData = Dataset[tuple[Tensor, int]]
+Item = TypeVar("Item", covariant=True)
+
+
+class Indexed(Protocol[Item]):
+    """What every data set here and in torchvision is: numbered, and finite."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item: ...
+
+
+ImageData = Indexed[tuple[Tensor, int]]
 
 # Where Debian's package dataset-fashion-mnist puts its four files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -85,8 +97,8 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
-            with Image.open(self.paths[index]) as image:
-                image = image.convert(self.mode)
+            with Image.open(self.paths[index]) as file:
+                image = file.convert(self.mode)
         except (UnidentifiedImageError, OSError) as error:
             raise DatasetUnavailable(f"{self.paths[index]}: not a readable image ({error})") from None
         return _square(image, self.image_size), 0
@@ -95,7 +107,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 class _Adapted(Dataset[tuple[Tensor, int]]):
     """A torchvision data set of PIL images of any size."""
 
-    def __init__(self, images: Dataset, image_size: int, channels: int):
+    def __init__(self, images: Indexed[tuple[Image.Image, int]], image_size: int, channels: int):
         self.source, self.image_size, self.mode = images, image_size, _pillow_mode(channels)
 
     def __len__(self) -> int:

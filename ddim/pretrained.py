@@ -8,9 +8,10 @@ import pickle
 import re
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 import torch
@@ -158,10 +159,10 @@ def _download(url: str, part: Path, progress: bool) -> int | None:
         response.raise_for_status()
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         continued = response.status_code == requests.codes.partial_content
-        if continued and (span is None or int(span[1]) != have):
-            part.unlink(missing_ok=True)
-            raise requests.RequestException("the server continued at the wrong place")
         if continued:
+            if span is None or int(span[1]) != have:
+                part.unlink(missing_ok=True)
+                raise requests.RequestException("the server continued at the wrong place")
             total = int(span[2]) if span[2].isdigit() else None
         else:  # the whole file from its start, whether or not a part was asked for
             have = 0
@@ -295,7 +296,7 @@ class _Inert:
         pass
 
 
-def _inert_classes(names: Iterable[str]) -> list[tuple[type, str]]:
+def _inert_classes(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Stand-ins for those classes in a file that its trainer left beside the weights; no others are given one.
 
     PyTorch Lightning names its callbacks by their classes, and counts some scores in NumPy's types.

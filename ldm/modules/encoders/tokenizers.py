@@ -259,4 +259,4 @@ def read_merges(text: str, count: int = CLIP_MERGES) -> list[tuple[str, str]]:
     pairs = [tuple(line.split()) for line in lines]
     if len(pairs) < count or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"expected a heading and {count} lines of two pieces each")
-    return pairs
+    return [(first, second) for first, second in pairs]
