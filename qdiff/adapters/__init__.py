@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ddim.unet import Stage, StagedNetwork
 from qdiff.config import QuantConfig
 from qdiff.quant_block import BaseQuantBlock
+
+__all__ = ["Adapter", "Stage", "StagedNetwork", "find_adapter"]
 
 
 @dataclass(frozen=True)
 class Adapter:
     """One family of UNets.
 
-    The network itself offers ``stages()``, ``begin(*inputs)`` and ``advance(stage, flow)``: its forward pass in pieces
-    (see :class:`ddim.unet.UNet`).
+    The network itself offers its forward pass in pieces: it is a :class:`ddim.unet.StagedNetwork`.
 
     Attributes:
         family: short name, recorded in checkpoints.
