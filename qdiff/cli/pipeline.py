@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,8 +300,11 @@ def calibrate_and_save(
         progress = WORKERS.same(progress)
         if there := what_is_there(model, plan, progress):
             logger.info("%s", there)
+    learn = partial(
+        calibrate, model, data, plan.calibration, mode=mode, weights_done=weights_done, progress=progress, budget=budget
+    )
     if WORKERS.rank > 0:
-        calibrate(model, data, plan.calibration, mode=mode, weights_done=weights_done, progress=progress, budget=budget)
+        learn()
         return
     finished: list[UnitProgress] = []
     with ExitStack() as stack:
@@ -314,16 +318,7 @@ def calibrate_and_save(
             for listen in listeners:
                 listen(unit)
 
-        calibrate(
-            model,
-            data,
-            plan.calibration,
-            mode=mode,
-            weights_done=weights_done,
-            on_unit=announce,
-            progress=progress,
-            budget=budget,
-        )
+        learn(on_unit=announce)
     if finished:
         logger.info("all units:\n%s", unit_table([unit.report for unit in finished]), extra=LOG_ONLY)
         logger.info("%s", summary(finished))

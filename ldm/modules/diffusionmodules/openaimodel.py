@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -199,19 +200,7 @@ class UNetModel(StagedNetwork):
                 return SpatialTransformer(channels, heads, depth=transformer_depth, context_dim=context_dim)
             return AttentionBlock(channels, heads, heads_inside=use_new_attention_order)
 
-        def residual(
-            channels: int, out: int, *, resample: Literal["up", "down"] | None = None, skip_channels: int = 0
-        ) -> ResBlock:
-            return ResBlock(
-                channels,
-                out,
-                embed,
-                dropout,
-                scale_shift=use_scale_shift_norm,
-                resample=resample,
-                skip_channels=skip_channels,
-            )
-
+        residual = partial(ResBlock, embed_channels=embed, dropout=dropout, scale_shift=use_scale_shift_norm)
         self.time_embed = nn.Sequential(nn.Linear(model_channels, embed), nn.SiLU(), nn.Linear(embed, embed))
 
         # What the way down leaves for the way up: the channels of every one of its blocks.
