@@ -47,9 +47,10 @@ test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
 test-full: export FUZZ_CASES := 2000
 test-full: test  ## the tests with 2000 broken files a loader instead of 200
 
-lint: $(READY)  ## check style and formatting, change nothing
+lint: $(READY)  ## check style, formatting and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY)  ## put formatting and import order right
 	$(BIN)/ruff check --fix-only .
@@ -58,7 +59,7 @@ format: $(READY)  ## put formatting and import order right
 venv: $(READY)  ## only set up the virtual environment
 
 clean:  ## remove caches, build leftovers and the demo's output; keeps .venv and runs/
-	rm -rf build dist demo demo-ldm demo-txt2img *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo demo-ldm demo-txt2img *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment too

@@ -151,6 +151,7 @@ def config_from_dict(content: dict[str, Any], source: str = "config") -> PixelCo
     if missing:
         raise ConfigError(f"{source}: key '{missing[0]}' is missing; expected {_expected_type(missing[0])}")
     config = OmegaConf.to_object(merged)
+    assert isinstance(config, PixelConfig)
     _check_values(config, source)
     return config
 
@@ -219,8 +220,8 @@ def _check_values(config: PixelConfig, source: str) -> None:
 
 def _expected_type(key: str) -> str:
     section, _, name = key.partition(".")
-    schema = {f.name: f.default_factory for f in dataclasses.fields(PixelConfig)}.get(section)
-    types = {f.name: f.type for f in dataclasses.fields(schema)} if schema else {}
+    schema = getattr(PixelConfig(), section, None)
+    types = {f.name: f.type for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
     return str(types.get(name.split("[")[0], "another type"))
 
 

@@ -10,6 +10,7 @@ import math
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,18 @@ from ddim.config import DataConfig
 from ddim.tensor_archive import refuse_code
 from ddim.untrusted import DEFLATE_RATIO, UntrustedFileError, gunzip, read_image
 
-ImageData = Dataset[tuple[Tensor, int]]
+Item = TypeVar("Item", covariant=True)
+
+
+class Indexed(Protocol[Item]):
+    """What every data set here and in torchvision is: numbered, and finite."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item: ...
+
+
+ImageData = Indexed[tuple[Tensor, int]]
 
 # Where Debian's package dataset-fashion-mnist puts its four files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -97,7 +109,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 class _Adapted(Dataset[tuple[Tensor, int]]):
     """A torchvision data set of PIL images of any size."""
 
-    def __init__(self, images: Dataset, image_size: int, channels: int):
+    def __init__(self, images: Indexed[tuple[Image.Image, int]], image_size: int, channels: int):
         self.source, self.image_size, self.mode = images, image_size, _pillow_mode(channels)
 
     def __len__(self) -> int:

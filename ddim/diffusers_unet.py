@@ -10,10 +10,10 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from ddim.unet import Flow, Stage
+from ddim.unet import Flow, Stage, StagedNetwork
 
 
-class StagedUNet2D(UNet2DModel):
+class StagedUNet2D(UNet2DModel, StagedNetwork):
     """Predicts the noise in a noisy image: (N x C x H x W, N timesteps) -> N x C x H x W.
 
     All parameters have diffusers' names.
@@ -37,7 +37,9 @@ class StagedUNet2D(UNet2DModel):
     def advance(self, stage: Stage, flow: Flow) -> None:
         """Run one stage on what has reached it; ``flow`` is changed in place."""
         if stage.joins:
-            flow.h = torch.cat([flow.h, flow.skips.pop()], dim=1)
+            skip = flow.skips.pop()
+            assert skip is not None  # a flow that runs has all connections
+            flow.h = torch.cat([flow.h, skip], dim=1)
         if stage.path == "time_embedding":
             flow.temb = self.time_embedding(self.time_proj(flow.t))
         elif stage.path == "conv_out":

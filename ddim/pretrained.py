@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import requests
 import torch
@@ -155,10 +156,10 @@ def _download(url: str, part: Path, progress: bool) -> int | None:
         response.raise_for_status()
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         continued = response.status_code == requests.codes.partial_content
-        if continued and (span is None or int(span[1]) != have):
-            part.unlink(missing_ok=True)
-            raise requests.RequestException("the server continued at the wrong place")
         if continued:
+            if span is None or int(span[1]) != have:
+                part.unlink(missing_ok=True)
+                raise requests.RequestException("the server continued at the wrong place")
             total = int(span[2]) if span[2].isdigit() else None
         else:  # the whole file from its start, whether or not a part was asked for
             have = 0
@@ -246,7 +247,8 @@ def read_weights(path: str | Path, *, without: tuple[str, ...] = ()) -> dict[str
         content = content["state_dict"]
     if not is_state(content):
         raise FileError(f"{path}: holds no state dict (names and tensors, or a dict with 'state_dict')")
-    kept = {name: tensor for name, tensor in content.items() if not name.startswith(without)}
+    state = cast(Mapping[str, Tensor], content)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(without)}
     return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in kept.items()}
 
 

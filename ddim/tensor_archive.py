@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch.serialization import safe_globals
@@ -78,7 +78,9 @@ def load_archive(path: str | Path, *, inert: tuple[str, ...] = (), repeated_rows
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\3\4"
         (_check_zip if zipped else _check_old)(file, rules)
-    stand_ins = [(type(name, (_Inert,), {}), name) for name in sorted(rules.mentioned)]
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (type(name, (_Inert,), {}), name) for name in sorted(rules.mentioned)
+    ]
     try:
         with warnings.catch_warnings(), safe_globals(stand_ins):
             warnings.simplefilter("ignore")
@@ -167,7 +169,7 @@ class _Structure:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         try:
-            for operation, argument, _ in pickletools.genops(file):
+            for operation, argument, _ in pickletools.genops(cast(IO[bytes], file)):  # a mapped file reads like one
                 if operation.name == "STOP":
                     return self._stack.pop()
                 self._run(operation.name, argument)
@@ -217,8 +219,8 @@ class _Structure:
     def _find(self, name: str) -> Callable[..., Any]:
         name = name.replace("__builtin__.", "builtins.", 1)
         if name in DTYPES:
-            return _NamedDtype(DTYPES[name])
-        known = {
+            return cast(Callable[..., Any], _NamedDtype(DTYPES[name]))  # named, as classes are, and never called
+        known: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": lambda pairs=(): _ordered(pairs),
             "collections.Counter": lambda *_: _Placeholder(),
             "builtins.set": lambda *_: _Placeholder(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +115,10 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.channels = channels
         self.norm = group_norm(channels)
-        for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, nn.Conv2d(channels, channels, 1))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.normalised(x)
@@ -138,6 +140,9 @@ class AttnBlock(nn.Module):
 
 class _Level(nn.Module):
     """The blocks of one resolution; ``attn`` is empty or as long as ``block``. The UNet runs them, stage by stage."""
+
+    downsample: Downsample  # on the way down, but not at the coarsest level
+    upsample: Upsample  # on the way up, but not at the finest
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,13 +195,43 @@ class Flow:
         """A new flow in which ``fn`` was applied to what the stage takes, and only to that."""
         skips = list(self.skips)
         if stage.joins:
-            skips[-1] = fn(skips[-1])
+            latest = skips[-1]
+            assert latest is not None  # whoever keeps a connection elsewhere fetches it before its stage
+            skips[-1] = fn(latest)
         context = fn(self.context) if stage.attends and self.context is not None else self.context
         temb = fn(self.temb) if stage.timed and self.temb is not None else self.temb
         return Flow(fn(self.h), fn(self.t), context, temb, skips)
 
+    def join(self) -> None:
+        """Close the latest connection: its feature goes behind the channels of the feature map."""
+        latest = self.skips.pop()
+        assert latest is not None  # as in for_stage()
+        self.h = torch.cat([self.h, latest], dim=1)
 
-class UNet(nn.Module):
+
+class StagedNetwork(nn.Module):
+    """A noise-estimation network whose forward pass is begin() and then every stage in order.
+
+    Calibration runs the same stages one by one, so that a whole calibration set moves through the network once instead
+    of once for every block.
+    """
+
+    _stages: tuple[Stage, ...]
+
+    def begin(self, *inputs: Any, **named_inputs: Any) -> Flow:
+        """What enters the first stage; the inputs are those of forward()."""
+        raise NotImplementedError
+
+    def advance(self, stage: Stage, flow: Flow) -> None:
+        """Run one stage on what has reached it; ``flow`` is changed in place."""
+        raise NotImplementedError
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the forward pass in the order in which it runs them."""
+        return self._stages
+
+
+class UNet(StagedNetwork):
     """Predicts the noise in a noisy image: (N x C x H x W, N timesteps) -> N x out_ch x H x W.
 
     Args:
@@ -284,17 +319,11 @@ class UNet(nn.Module):
         return flow.h
 
     def begin(self, x: Tensor, t: Tensor) -> Flow:
-        """What enters the first stage."""
         return Flow(h=x, t=t)
 
     def advance(self, stage: Stage, flow: Flow) -> None:
-        """Run one stage on what has reached it; ``flow`` is changed in place.
-
-        A forward pass is begin() and then every stage in order. Calibration runs the same stages one by one, so that
-        a whole calibration set moves through the network once instead of once for every block.
-        """
         if stage.joins:
-            flow.h = torch.cat([flow.h, flow.skips.pop()], dim=1)
+            flow.join()
         if stage.path == "temb":
             flow.temb = self.temb(flow.t)
         elif stage.path == "conv_out":
@@ -305,14 +334,11 @@ class UNet(nn.Module):
         if stage.leaves:
             flow.skips.append(flow.h)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The parts of the forward pass in the order in which it runs them."""
-        return self._stages
-
     def _list_stages(self) -> Iterator[Stage]:
         yield Stage("temb")
         yield Stage("conv_in", leaves=True)
         for number, level in enumerate(self.down):
+            assert isinstance(level, _Level)
             for index in range(len(level.block)):
                 attends = len(level.attn) > 0
                 yield Stage(f"down.{number}.block.{index}", timed=True, leaves=not attends)
@@ -324,6 +350,7 @@ class UNet(nn.Module):
         yield Stage("mid.attn_1")
         yield Stage("mid.block_2", timed=True)
         for number, level in reversed(list(enumerate(self.up))):
+            assert isinstance(level, _Level)
             for index in range(len(level.block)):
                 yield Stage(f"up.{number}.block.{index}", timed=True, joins=True)
                 if len(level.attn):

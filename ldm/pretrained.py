@@ -64,8 +64,9 @@ def load_latent_diffusion(
     model_config = load_model_config(config_path) if config is None else config
     with torch.device("meta"):
         model = build_latent_diffusion(model_config)
-    if config is None and isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
-        model.cond_stage_model.look_beside(config_path)
+    encoder = getattr(model, "cond_stage_model", None)
+    if config is None and isinstance(encoder, TextEncoder):
+        encoder.look_beside(config_path)
     load_state(model, read_weights(path), source=str(path))
     return model.to(device).eval().requires_grad_(False)
 

@@ -100,12 +100,14 @@ class TrainingLoop(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.AdamW:
         # The step count on the device: a captured step can then be replayed.
-        speed = {"fused": True, "capturable": True} if self.on_gpu else {"foreach": False}
+        speed: dict[str, Any] = {"fused": True, "capturable": True} if self.on_gpu else {"foreach": False}
         rate = torch.tensor(self.options.lr, device=self.options.device)
         return torch.optim.AdamW(self.params, lr=rate, weight_decay=WEIGHT_DECAY, **speed)
 
     def on_train_start(self) -> None:
-        self.optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)  # there is one
+        self.optimizer = optimizer
         # A tensor of our own, whatever the checkpoint brought: the captured step reads its rate from this address.
         self.rate = torch.tensor(self.options.lr, device=self.device)
         self.optimizer.param_groups[0]["lr"] = self.rate
@@ -187,6 +189,7 @@ class TrainingLoop(pl.LightningModule):
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.progress.step}: lower --lr")
         self.progress.losses.append([self.progress.step, loss])
+        assert isinstance(self.logger, TensorBoardLogger)
         self.logger.experiment.add_scalar("loss", loss, self.progress.step)
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update(count)
@@ -195,6 +198,7 @@ class TrainingLoop(pl.LightningModule):
 
     def _count_steps(self) -> None:
         """How many steps the run's minutes have room for, once enough of them were timed; the first round is not."""
+        assert self.options.for_minutes is not None
         now, step = time.perf_counter(), self.progress.step
         if self.clock is None:
             self.clock = now, step

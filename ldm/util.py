@@ -36,7 +36,7 @@ TARGETS = frozenset(
 _KEYS = ("target", "params", "base_learning_rate")  # the last one only matters for training
 
 
-def instantiate_from_config(config: Mapping[str, Any], where: str = "model") -> nn.Module:
+def instantiate_from_config(config: Mapping[str, Any] | str, where: str = "model") -> nn.Module:
     """Build the module that a config section describes.
 
     Args:
@@ -105,14 +105,16 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
         changes = OmegaConf.from_dotlist(list(overrides))
         for section in changes:
             if section not in config:
-                raise ConfigError(f"{path}: has no section '{section}' to override, only {', '.join(map(str, config))}")
-        config = OmegaConf.merge(config, changes)
-        if not isinstance(config.model, DictConfig):
-            raise ConfigError(f"{path}: 'model' is no section but {config.model!r}")
-        model = OmegaConf.to_container(config.model)
+                raise ConfigError(f"{path}: has no section {section!r} to override, only {', '.join(map(str, config))}")
+        merged = OmegaConf.merge(config, changes)
+        assert isinstance(merged, DictConfig)
+        if not isinstance(merged.model, DictConfig):
+            raise ConfigError(f"{path}: 'model' is no section but {merged.model!r}")
+        model = OmegaConf.to_container(merged.model)
+        assert isinstance(model, dict)
         refuse_interpolations(model, "model")
     except ConfigError:
         raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {reason(error)}") from None
-    return model
+    return {str(key): value for key, value in model.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -78,10 +78,10 @@ class _RangeSearch:
         group: of timesteps, the one of all samples; where the chosen quantizers are timed ones.
     """
 
-    def __init__(self, qnn: QuantModel, chosen: set[UniformAffineQuantizer], group: int | None = None):
-        self.qnn, self.chosen, self.group = qnn, chosen, group
+    def __init__(self, qnn: QuantModel, chosen: Iterable[UniformAffineQuantizer], group: int | None = None):
+        self.qnn, self.chosen, self.group = qnn, set(chosen), group
         self.device = next(qnn.parameters()).device
-        self.missing = set(chosen)
+        self.missing = set(self.chosen)
 
     def run(self, inputs: tuple[Tensor, ...], chunk: int) -> None:
         """Args:
@@ -156,6 +156,7 @@ class _RangeSearch:
 
     def _set(self, quantizer: UniformAffineQuantizer, observer: RangeObserver) -> None:
         if isinstance(quantizer, TimedQuantizer):
+            assert self.group is not None
             quantizer.set_group(self.group, *observer.grid())
         else:
             quantizer.set_grid(*observer.grid())

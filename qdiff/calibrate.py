@@ -110,14 +110,19 @@ def calibrate(
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":
+                assert data is not None
                 _reconstruct(qnn, data, config, "weights", tally, progress, budget)
         qnn.bake()
         if quant_act:
+            assert data is not None
             _set_act_ranges(qnn, data, config, progress)
             if mode == "qdiff":
                 _reconstruct(qnn, data, config, "activations", tally, progress, budget)
     qnn.set_quant_state(True, quant_act)
-    qnn.output_scale = fit_output_scale(qnn, data, mean=config.correct_mean) if config.correct_scale else None
+    qnn.output_scale = None
+    if config.correct_scale:
+        assert data is not None
+        qnn.output_scale = fit_output_scale(qnn, data, mean=config.correct_mean)
     return tally.reports
 
 
@@ -125,14 +130,16 @@ def learning_phases(qnn: QuantModel, *, mode: Mode, weights_done: bool) -> list[
     """The phases in which :func:`calibrate` goes through the units."""
     if mode != "qdiff":
         return []
-    return ([] if weights_done else ["weights"]) + (["activations"] if qnn.config.quant_act else [])
+    phases: list[Phase] = [] if weights_done else ["weights"]
+    return [*phases, "activations"] if qnn.config.quant_act else phases
 
 
 class _Tally:
     """The finished units, counted and announced."""
 
     def __init__(self, total: int, on_unit: Callable[[UnitProgress], None] | None):
-        self.total, self.on_unit, self.reports = total, on_unit, []
+        self.total, self.on_unit = total, on_unit
+        self.reports: list[UnitReport] = []
 
     def add(self, finished: FinishedUnit, *, restored: bool) -> None:
         self.reports.append(finished.report)

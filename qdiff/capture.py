@@ -139,9 +139,14 @@ class Frontier:
     def waiting(self) -> Iterator[Tensor]:
         """Every tensor that waits, as often as it is waited for."""
         tensors: list[Tensor] = []
+
+        def seen(x: Tensor) -> Tensor:
+            tensors.append(x)
+            return x
+
         for flow in self._flows:
             if flow is not None:
-                flow.map(lambda x: tensors.append(x) or x)
+                flow.map(seen)
         return iter(tensors)
 
     def replace(self, others: dict[int, Tensor]) -> None:
@@ -163,7 +168,9 @@ class Frontier:
         """A chunk before a stage, with the U connection that the stage joins."""
         if not self._stages[number].joins or flow.skips[-1] is not None:
             return flow
-        skip = self._anew(index, self._origins[number]).skips[-1]
+        origin = self._origins[number]
+        assert origin is not None  # the stage joins a connection, which one before it left
+        skip = self._anew(index, origin).skips[-1]
         return dataclasses.replace(flow, skips=[*flow.skips[:-1], skip])
 
     def _anew(self, index: int, number: int) -> Any:

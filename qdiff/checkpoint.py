@@ -34,6 +34,8 @@ from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer, check_grid, rounded_codes
 from qdiff.version import __version__
 
+Shape = tuple[int, ...]
+
 FORMAT = "qdiff-packed"
 FORMAT_VERSION = 2  # of files with timed ranges, a split input or an output scale; all others are version 1
 PREFIX = "model."
@@ -214,15 +216,21 @@ def packed_length(count: int, n_bits: int) -> int:
 # Reading.
 
 
+def read_packed_info(path: str | Path) -> CheckpointInfo:
+    """What a packed file says of itself, as :func:`read_info` does, which raises the same."""
+    path = _existing(path)
+    return _info_from(_metadata(path), path)
+
+
 def read_info(path: str | Path) -> CheckpointInfo | None:
     """What a checkpoint says of itself, from its header or the JSON beside it. None where nothing is said.
 
     Raises:
         CheckpointError: the file is missing or its header cannot be read.
     """
-    path = _existing(path)
     if is_packed(path):
-        return _info_from(_metadata(path), path)
+        return read_packed_info(path)
+    path = _existing(path)
     facts = path.with_suffix(".json")
     if not facts.is_file():
         return None
@@ -342,7 +350,7 @@ def _load_published(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_p
     _take_rounded(qnn, weights)
 
 
-def _published_shapes(qnn: QuantModel) -> dict[str, tuple]:
+def _published_shapes(qnn: QuantModel) -> dict[str, Shape]:
     """Names and shapes of a published file's tensors, activations aside."""
     shapes = {
         name: tuple(tensor.shape)
@@ -380,7 +388,7 @@ def _check_split(path: Path, found: Iterable[str], expected: Iterable[str]) -> N
         raise CheckpointError(f"{path} was calibrated without --split; leave --split out")
 
 
-def _check_architecture(path: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+def _check_architecture(path: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     different = [name for name in expected if name in found and not _same_shape(found[name], expected[name])]
     if not (missing or extra or different):
@@ -411,11 +419,11 @@ def _check_values(path: Path, state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{path}: {name}: {error}; make or fetch it again") from None
 
 
-def _same_shape(a: tuple, b: tuple) -> bool:
+def _same_shape(a: Shape, b: Shape) -> bool:
     return a == b or (math.prod(a) == math.prod(b) == 1)
 
 
-def _shape(shape: tuple) -> str:
+def _shape(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 
@@ -497,7 +505,9 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
         except ValueError as error:
             raise CheckpointError(f"{path}: {name}: {error}; give the --ckpt it was calibrated from") from None
         if has_bias:
-            layers[name].bias.data.copy_(biases.take(shape[0]))
+            bias = layers[name].bias
+            assert bias is not None  # the architecture fits
+            bias.data.copy_(biases.take(shape[0]))
     for name, shape in index["full"]:
         full[name].data.copy_(values.take(math.prod(shape)).view(shape))
     if quant_act:
@@ -519,10 +529,16 @@ def _index_of(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     entries = index if isinstance(index, dict) else {}
     layers, full, act = (entries.get(name) for name in ("layers", "full", "act"))
     groups = entries.get("act_groups", [1] * len(act) if isinstance(act, list) else None)
-    lists = all(isinstance(entry, list) for entry in (layers, full, act, groups))
-    if not lists or not all(map(_is_layer, layers)) or not all(map(_is_full, full)):
+    if not (isinstance(layers, list) and isinstance(full, list) and isinstance(act, list)) or not (
+        all(map(_is_layer, layers)) and all(map(_is_full, full))
+    ):
         raise CheckpointError(f"{path}: damaged: its index does not say where its tensors lie")
-    if len(groups) != len(act) or not all(map(_is_count, groups)) or not all(isinstance(name, str) for name in act):
+    if (
+        not isinstance(groups, list)
+        or len(groups) != len(act)
+        or not all(map(_is_count, groups))
+        or not all(isinstance(name, str) for name in act)
+    ):
         raise CheckpointError(f"{path}: damaged: its index does not say where its activation grids lie")
     names = [entry[0] for entry in (*layers, *full)]
     for kind in (names, act):

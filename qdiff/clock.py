@@ -24,6 +24,9 @@ class Clock(nn.Module):
             setting the clock does nothing.
     """
 
+    timesteps: Tensor
+    boundaries: Tensor
+
     def __init__(self, timesteps: Sequence[float] = ()):
         super().__init__()
         groups = torch.tensor(tuple(timesteps), dtype=torch.float32)

@@ -15,9 +15,10 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly: how they are tested there
 _state = {"on": True}
@@ -71,7 +72,7 @@ class _FusedFakeQuantize(torch.autograd.Function):
     """:func:`qdiff.primitives.fake_quantize` with one grid for all values, or one for each row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
         from qdiff import triton_kernels
 
         dense = _dense(x)
@@ -80,7 +81,7 @@ class _FusedFakeQuantize(torch.autograd.Function):
         return triton_kernels.fake_quantize(dense, delta, lo, hi)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         from qdiff import triton_kernels
 
         x, delta, *bounds = ctx.saved_tensors
@@ -108,7 +109,7 @@ def can_fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float) -> bool:
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
         from qdiff import triton_kernels
 
         x = x.contiguous(memory_format=torch.channels_last)
@@ -118,7 +119,7 @@ class _NormSilu(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from qdiff import triton_kernels
 
         x, weight, bias, mean, rstd = ctx.saved_tensors
@@ -128,15 +129,15 @@ class _NormSilu(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
-def group_norm(norm: torch.nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+def group_norm(norm: nn.Module, x: Tensor, *, silu: bool) -> Tensor:
     """Group normalisation of N x C x H x W, followed by SiLU where asked for.
 
     The kernel has no gradient for scale and shift, so it serves only where they ask for none.
     """
-    own = type(norm) is torch.nn.GroupNorm  # not one wrapped for another precision
-    frozen = own and not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
-    if x.dim() == 4 and frozen and enabled(x.device):
-        return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+    if type(norm) is nn.GroupNorm:  # not one wrapped for another precision
+        frozen = not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
+        if x.dim() == 4 and frozen and enabled(x.device):
+            return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
     out = norm(x)
     return torch.nn.functional.silu(out) if silu else out
 

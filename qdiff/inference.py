@@ -152,7 +152,9 @@ def _seal(layer: QuantModule) -> None:
     layer.use_weight_quant = False
 
 
-def _hold_weights_in(dtype: torch.dtype, layer: nn.Module, channels_last: bool) -> None:
+def _hold_weights_in(
+    dtype: torch.dtype, layer: QuantModule | nn.Conv2d | nn.Conv1d | nn.Linear, channels_last: bool
+) -> None:
     order = torch.channels_last if channels_last and layer.weight.dim() == 4 else torch.preserve_format
     layer.weight = nn.Parameter(layer.weight.detach().to(dtype, memory_format=order), requires_grad=False)
     if layer.bias is not None:

@@ -15,13 +15,13 @@ import math
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff import fused
 from qdiff.config import CalibrationConfig
 from qdiff.primitives import GAMMA, SMALLEST_DELTA, ZETA, annealed_beta, rounding_regularizer
 from qdiff.quant_layer import QuantModule
-from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
+from qdiff.quantizers import UniformAffineQuantizer
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 SETTLED = 0.01  # a rounding is settled when h is this near to 0 or 1
@@ -92,6 +92,7 @@ class Learner(Protocol):
     """What the optimisation loop needs."""
 
     leaves: list[Tensor]
+    schedule: Schedule
 
     def update(self, gradients: tuple[Tensor, ...], k: int) -> None:
         """One step; ``k`` is the iteration, which the fused kernels read from the schedule's counter instead."""
@@ -160,8 +161,8 @@ class _LayerRounding:
     def __init__(self, layer: QuantModule, schedule: Schedule, dtype: torch.dtype):
         self.layer, self.schedule = layer, schedule
         self.fused = fused.enabled(layer.weight.device)
-        pairs = layer.weight_quantizers()
-        self.quantizers: list[AdaRoundQuantizer] = [quantizer for quantizer, _ in pairs]
+        pairs = layer.rounding_quantizers()
+        self.quantizers = [quantizer for quantizer, _ in pairs]
         self.widths = [part.shape[1] for _, part in pairs]
         self.initial = self._laid_out(layer.join_parts([q.alpha.detach() for q in self.quantizers]))
         self.alpha = self.initial.clone()
@@ -171,7 +172,7 @@ class _LayerRounding:
         self.lo = self._broadcast([q.bounds[0] - q.zero_point for q in self.quantizers])
         self.hi = self._broadcast([q.bounds[1] - q.zero_point for q in self.quantizers])
         if self.fused:
-            self.kernel_grid = [self._per_channel(x) for x in (self.delta, self.lo, self.hi)]
+            self.kernel_grid = self._per_channel(self.delta), self._per_channel(self.lo), self._per_channel(self.hi)
         self.leaf = torch.empty_like(self.alpha, dtype=dtype)
         self._write_leaf()
         self.leaf.requires_grad_(True)
@@ -257,7 +258,7 @@ class StepLearner:
     @torch.no_grad()
     def __init__(self, quantizers: list[UniformAffineQuantizer], schedule: Schedule):
         self.schedule = schedule
-        self.leaves: list[nn.Parameter] = [quantizer.delta for quantizer in quantizers]
+        self.leaves: list[Tensor] = [quantizer.delta for quantizer in quantizers]
         self.initial = torch.cat([leaf.detach().flatten() for leaf in self.leaves])
         self.values = self.initial.clone()
         self.mean, self.square = torch.zeros_like(self.values), torch.zeros_like(self.values)

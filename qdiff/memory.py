@@ -158,7 +158,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         flow = qnn.model.begin(*sample)
         with qnn.quant_state(False, False):
             for number, stage in enumerate(qnn.model.stages()):
-                skips = tuple(0 if skip is flow.h else size(skip) for skip in flow.skips)
+                skips = tuple(0 if skip is None or skip is flow.h else size(skip) for skip in flow.skips)
                 trunk = sum(size(x) for x in (flow.h, flow.t, flow.temb, flow.context) if x is not None)
                 paths = tuple(unit.path for unit in qnn.units_of(stage))
                 boundaries.append(Boundary(trunk, skips, paths, origins[number]))
@@ -366,7 +366,8 @@ class MemoryPlan:
                     open_[number] = (
                         open_[number] and trunks[network] and take(network, self.rows * boundary.skips[number])
                     )
-            kept.append(tuple(Kept(trunk, tuple(open_)) for trunk, open_ in zip(trunks, there, strict=True)))
+            quantized, full = (Kept(trunk, tuple(open_)) for trunk, open_ in zip(trunks, there, strict=True))
+            kept.append((quantized, full))
             for open_, trunk in zip(there, trunks, strict=True):
                 if not trunk:  # the next stage is reached from the set, with all connections
                     open_[:] = [True] * len(open_)

@@ -32,11 +32,17 @@ class OutputScale(nn.Module):
         weights_mean, activations_mean: m at each of them, K x C x H x W, where it was fitted.
     """
 
+    timesteps: Tensor
+    weights: Tensor
+    activations: Tensor | None
+    weights_mean: Tensor | None
+    activations_mean: Tensor | None
+
     def __init__(
         self,
-        timesteps: Sequence[float],
-        weights: Sequence[float],
-        activations: Sequence[float] | None = None,
+        timesteps: Sequence[float] | Tensor,
+        weights: Sequence[float] | Tensor,
+        activations: Sequence[float] | Tensor | None = None,
         weights_mean: Tensor | None = None,
         activations_mean: Tensor | None = None,
     ):

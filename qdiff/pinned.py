@@ -14,6 +14,7 @@ import mmap
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ ALIGNMENT = 512  # bytes: no two pieces share a page of what a GPU transfers at 
 @dataclass(frozen=True)
 class _Piece:
     size: int
-    end: weakref.finalize  # gives it back
+    end: weakref.finalize[..., Any]  # gives it back
 
 
 class Arena:
@@ -86,6 +87,7 @@ class Arena:
         if not any(start < offset and length >= size for start, length in self._free):
             return x
         flat = self.empty((x.numel(),), x.dtype)  # the lowest
+        assert flat is not None  # a stretch is long enough
         return torch.as_strided(flat, x.shape, x.stride()).copy_(x)
 
     def moved_together(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:

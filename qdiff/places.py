@@ -191,6 +191,7 @@ class _RowStore:
         if piece is None:
             log.debug("%d rows of %d values get pinned memory of their own", *shape)
             piece = Arena(count * self.length * self.dtype.itemsize + ALIGNMENT).empty(shape, self.dtype)
+            assert piece is not None  # the whole of it
         return piece
 
     def write(self, start: int, x: Tensor) -> None:

@@ -10,6 +10,7 @@ zero, b (``n_bits``) the bits of an integer, [lo, hi] the integers that b bits h
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ MSE_CANDIDATES = 80  # the observed range times 1.00, 0.99, ... 0.21
 MSE_NORM = 2.4
 SMALLEST_DELTA = 1e-8
 _SEARCH_BYTES = 64 * 2**20  # of scratch space for one slice of candidates
+
+Bound = TypeVar("Bound", Tensor, float)  # of a grid's two bounds both are of one kind
 
 
 def integer_bounds(n_bits: int, symmetric: bool) -> tuple[int, int]:
@@ -40,7 +43,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, delta: Tensor, lo: Bound, hi: Bound) -> Tensor:
         scaled = x / delta
         nearest = scaled.round()
         integers = nearest.clamp(lo, hi)
@@ -51,7 +54,7 @@ class _FakeQuantize(torch.autograd.Function):
         return integers.mul_(delta)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         inside, slope = ctx.saved_tensors
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_delta = None
@@ -60,7 +63,7 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_delta, None, None
 
 
-def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+def fake_quantize(x: Tensor, delta: Tensor, lo: Bound, hi: Bound) -> Tensor:
     """Quantize and dequantize. Differentiable in ``x`` and ``delta`` (LSQ, Esser et al. 2020, equations 1 to 3).
 
     Rounding passes gradients on as if nothing had happened (straight-through estimator, Bengio et al. 2013), clamping

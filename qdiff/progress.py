@@ -25,6 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from ddim.untrusted import FileError, UntrustedFileError, open_safetensors, parse_json, read_json, reason
+from qdiff.adapters import StagedNetwork
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CalibrationConfig
 from qdiff.files import write_atomically
@@ -79,7 +80,7 @@ class FinishedUnit:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> FinishedUnit:
         report = dict(facts["report"])
-        trace = tuple(TracePoint(*point[:-1], steps=tuple(point[-1])) for point in report.pop("trace"))
+        trace = tuple(TracePoint._make([*point[:-1], tuple(point[-1])]) for point in report.pop("trace"))
         return cls(UnitReport(**report, trace=trace), facts["relative_loss"], facts["elapsed"])
 
 
@@ -127,7 +128,7 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -138,11 +139,13 @@ def source_hashes(qnn: QuantModel) -> dict[str, str]:
     files += package.glob("adapters/*.py")
     named = {f"qdiff/{path.relative_to(package).as_posix()}": path for path in files}
     for name in _modules_of(qnn.model):
-        named[f"{name.replace('.', '/')}.py"] = Path(sys.modules[name].__file__)
+        file = sys.modules[name].__file__
+        assert file is not None  # a class was defined in it
+        named[f"{name.replace('.', '/')}.py"] = Path(file)
     return {name: hashlib.sha256(named[name].read_bytes()).hexdigest() for name in sorted(named)}
 
 
-def _modules_of(unet: nn.Module) -> set[str]:
+def _modules_of(unet: StagedNetwork) -> set[str]:
     """Names of the modules in which a UNet is written: its package's, wrapped blocks included, and its stages'."""
     package = type(unet).__module__.partition(".")[0]
     classes = {cls.__module__ for module in unet.modules() for cls in type(module).__mro__}

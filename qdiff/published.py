@@ -65,9 +65,9 @@ def block_reconstruction(
     )
     with torch.no_grad():
         with model.quant_state(True, act_quant):
-            inputs, _ = observe_unit(model, unit, cali_data, batch_size)
+            inputs = observe_unit(model, unit, cali_data, batch_size)[0]
         with model.quant_state(False, False):
-            _, target = observe_unit(model, unit, cali_data, batch_size)
+            target = observe_unit(model, unit, cali_data, batch_size)[1]
     reconstruct = reconstruct_activations if act_quant else reconstruct_weights
     return reconstruct(unit, UnitData(inputs, target, t=cali_data[1]), config, seed=seed)
 

@@ -18,9 +18,13 @@ class BaseQuantBlock(nn.Module):
 
     Attributes:
         kind: what the block is called in tables.
+        grad_ckpt: save memory while it is reconstructed, by computing activations twice; for families that can.
     """
 
     kind: ClassVar[str] = "block"
+    grad_ckpt: bool = False
+    use_weight_quant: bool
+    use_act_quant: bool
 
     @classmethod
     def take_over(cls, block: nn.Module) -> BaseQuantBlock:
@@ -45,11 +49,11 @@ class BaseQuantBlock(nn.Module):
         """
         return {}
 
-    def attention_map_values(self, *inputs: Tensor) -> int:
+    def attention_map_values(self, x: Tensor, context: Tensor | None = None) -> int:
         """Of a block that attends: how many values the softmax map of all heads has. 0 for other blocks.
 
         Args:
-            inputs: the block's.
+            x, context: the block's inputs.
         """
         return 0
 

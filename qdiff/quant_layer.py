@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,13 @@ class QuantModule(nn.Module):
         weight_params, act_params: the grids, as configs or as the published dictionaries.
     """
 
+    baked_weight: Tensor | None
+
     def __init__(
         self,
         layer: nn.Conv2d | nn.Conv1d | nn.Linear,
-        weight_params: QuantizerConfig | dict | None = None,
-        act_params: QuantizerConfig | dict | None = None,
+        weight_params: QuantizerConfig | dict[str, Any] | None = None,
+        act_params: QuantizerConfig | dict[str, Any] | None = None,
     ):
         super().__init__()
         if not isinstance(layer, QUANTIZABLE):
@@ -68,6 +71,19 @@ class QuantModule(nn.Module):
     def weight_quantizers(self) -> list[tuple[WeightQuantizer, Tensor]]:
         """Every weight quantizer with the slice of the weight it quantizes."""
         return [(getattr(self, f"weight_quantizer{suffix}"), part) for suffix, part in self.parts()]
+
+    def rounding_quantizers(self) -> list[tuple[AdaRoundQuantizer, Tensor]]:
+        """The same of a layer whose rounding is learned.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        pairs = []
+        for quantizer, part in self.weight_quantizers():
+            if not isinstance(quantizer, AdaRoundQuantizer):
+                raise RuntimeError("the layer rounds to nearest: call learn_rounding() first")
+            pairs.append((quantizer, part))
+        return pairs
 
     def act_quantizers(self) -> list[UniformAffineQuantizer]:
         return [getattr(self, f"act_quantizer{suffix}") for suffix, _ in self.parts()]
@@ -155,9 +171,10 @@ class QuantModule(nn.Module):
                 setattr(self, f"weight_quantizer{suffix}", grid)
         self.bake()
         if not keep_full_precision:
+            assert self.baked_weight is not None
             self.weight = nn.Parameter(self.baked_weight, requires_grad=False)  # one tensor, not two that are equal
 
-    def _load_from_state_dict(self, *args) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         self.unbake()
         super()._load_from_state_dict(*args)
 
@@ -179,8 +196,8 @@ class SplitQuantModule(QuantModule):
     def __init__(
         self,
         layer: nn.Conv2d | nn.Conv1d | nn.Linear,
-        weight_params: QuantizerConfig | dict | None = None,
-        act_params: QuantizerConfig | dict | None = None,
+        weight_params: QuantizerConfig | dict[str, Any] | None = None,
+        act_params: QuantizerConfig | dict[str, Any] | None = None,
         *,
         split_channels: int,
     ):
@@ -237,12 +254,12 @@ class SignedInputQuantModule(QuantModule):
         return f"{super().extra_repr()}, input split at 0"
 
 
-def _operation_of(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def _operation_of(layer: nn.Conv2d | nn.Conv1d | nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     if isinstance(layer, nn.Linear):
         return F.linear
     if layer.padding_mode != "zeros":
         raise ValueError(f"padding_mode={layer.padding_mode!r}: only zero padding is supported")
-    function = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
+    function: Callable[..., Tensor] = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
     options = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return lambda x, weight, bias: function(x, weight, bias, *options)
 

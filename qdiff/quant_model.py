@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdiff.adapters import find_adapter
+from qdiff.adapters import Stage, StagedNetwork, find_adapter
 from qdiff.clock import Clock
 from qdiff.config import QuantConfig, QuantizerConfig, TimedRanges
 from qdiff.output_scale import OutputScale
@@ -30,7 +30,7 @@ class Unit:
 
     path: str
     module: QuantModule | BaseQuantBlock
-    stage: Any
+    stage: Stage
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -112,6 +112,7 @@ class QuantModel(nn.Module):
         if self.config.timed and not self.config.timesteps:
             raise ValueError(f"timed_ranges={timed_ranges!r} needs timesteps, those of the calibration set")
         self.adapter = find_adapter(model)
+        assert isinstance(model, StagedNetwork)  # as all that adapters know
         self.model = model
         self.clock = Clock(self.config.timesteps)
         self.output_scale: OutputScale | None = None
@@ -144,7 +145,7 @@ class QuantModel(nn.Module):
         layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, QUANTIZABLE)]
         for path, layer in layers:
             if path in cuts:
-                quantized = SplitQuantModule(layer, weight, act, split_channels=cuts[path])
+                quantized: QuantModule = SplitQuantModule(layer, weight, act, split_channels=cuts[path])
             else:
                 quantized = (SignedInputQuantModule if path in inputs else QuantModule)(layer, weight, act)
             _replace(self.model, path, quantized)
@@ -195,7 +196,7 @@ class QuantModel(nn.Module):
         """What is reconstructed, in the order in which the network runs it."""
         return [unit for stage in self.model.stages() for unit in self.units_of(stage)]
 
-    def units_of(self, stage: Any) -> list[Unit]:
+    def units_of(self, stage: Stage) -> list[Unit]:
         """The units that run within one stage of the forward pass."""
         return list(_units_below(stage.path, self.model.get_submodule(stage.path), stage, self.clock))
 
@@ -218,7 +219,7 @@ class QuantModel(nn.Module):
             for module, flags in zip(modules, before, strict=True):
                 module.use_weight_quant, module.use_act_quant = flags
 
-    def _switches(self) -> list[nn.Module]:
+    def _switches(self) -> list[QuantModel | QuantModule | BaseQuantBlock]:
         return [m for m in self.modules() if isinstance(m, QuantModel | QuantModule | BaseQuantBlock)]
 
     def set_grad_ckpt(self, grad_ckpt: bool) -> None:
@@ -227,7 +228,7 @@ class QuantModel(nn.Module):
         The published name. The result is the same; families without such blocks are not affected.
         """
         for module in self.model.modules():
-            if hasattr(module, "grad_ckpt"):
+            if isinstance(module, BaseQuantBlock):
                 module.grad_ckpt = grad_ckpt
 
     def find_weight_grids(self) -> None:
@@ -257,7 +258,7 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def _units_below(path: str, module: nn.Module, stage: Any, clock: Clock) -> Iterator[Unit]:
+def _units_below(path: str, module: nn.Module, stage: Stage, clock: Clock) -> Iterator[Unit]:
     if isinstance(module, QuantModule | BaseQuantBlock):
         yield Unit(path, module, stage, clock)
         return

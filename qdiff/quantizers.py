@@ -28,6 +28,9 @@ class UniformAffineQuantizer(nn.Module):
         grid_shape: shape of the step size where it is known in advance: that of a weight with all but the first axis 1.
     """
 
+    delta: Tensor
+    zero_point: Tensor
+
     def __init__(
         self,
         n_bits: int = 8,
@@ -258,6 +261,9 @@ class AdaRoundQuantizer(nn.Module):
         weight: the full-precision weight, from which α starts so that the soft value equals the weight.
         round_mode: accepted for the published signature; only ``learned_hard_sigmoid`` exists.
     """
+
+    delta: Tensor
+    zero_point: Tensor
 
     def __init__(self, quantizer: UniformAffineQuantizer, weight: Tensor, round_mode: str = "learned_hard_sigmoid"):
         super().__init__()

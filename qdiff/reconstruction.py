@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdiff import fused
@@ -47,7 +47,7 @@ from qdiff.memory import forget_host_peak, give_back_unused, host_peak_bytes
 from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss, reconstruction_slope
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import Unit, evaluating, frozen_parameters
-from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer
+from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.workers import WORKERS
 
 Phase = Literal["weights", "activations"]
@@ -188,7 +188,7 @@ def _learn(
     """Try, try again more gently, or leave the unit as it was."""
     if iterations == 0:
         return _Result(measure(), "learned", "", ())
-    problems = []
+    problems: list[str] = []
     for attempt_rate, outcome in ((rate, "learned"), (rate * RETRY_RATE, "learned at a tenth of the rate")):
         learner = make_learner(attempt_rate)
         loop = _Loop(unit, data, learner, config, iterations=iterations, p=p, seed=seed, reference=before)
@@ -342,19 +342,19 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
 def _working_weights(unit: Unit, config: CalibrationConfig, learner: Learner) -> Iterator[None]:
     """Fixed weights in the type and memory layout in which the unit computes, for the length of a ``with`` block."""
     learned = {id(leaf) for leaf in learner.leaves}
-    layers = [x for x in unit.layers() if x.baked_weight is not None and id(x.baked_weight) not in learned]
+    baked = [(layer, layer.baked_weight) for layer in unit.layers()]
+    before = [(layer, weight) for layer, weight in baked if weight is not None and id(weight) not in learned]
     device = device_of(unit)
     if config.engine == "eager" or device.type != "cuda":
         yield
         return
-    before = [layer.baked_weight for layer in layers]
-    for layer, weight in zip(layers, before, strict=True):
+    for layer, weight in before:
         form = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
         layer.baked_weight = weight.to(_dtype(config), memory_format=form)
     try:
         yield
     finally:
-        for layer, weight in zip(layers, before, strict=True):
+        for layer, weight in before:
             layer.baked_weight = weight
 
 
@@ -429,24 +429,24 @@ class _Loop:
     # One after the other: on a CPU, and the oracle anywhere.
 
     def _eagerly(self, start: int, stop: int) -> None:
-        oracle = isinstance(self.learner, _EagerLearner)
+        learner = self.learner
         for k in range(start, stop):
             inputs, target = self.data.rows(self.draws[k], self.device)
             set_clock(self.unit, self.data, self.draws[k])
             prediction = self.module(*inputs)
             share = prediction.shape[0] / self.batch  # of the batch that this process sees
-            if oracle:
+            if isinstance(learner, _EagerLearner):
                 loss = reconstruction_loss(prediction, target, self.p) * share
                 self.losses[k] = loss.detach()
-                total = loss + self.learner.penalty(k) / WORKERS.count
-                gradients = torch.autograd.grad(total, self.learner.leaves)
+                total = loss + learner.penalty(k) / WORKERS.count
+                gradients = torch.autograd.grad(total, learner.leaves)
             else:
                 with torch.no_grad():
                     value, slope = reconstruction_slope(prediction.detach(), target, self.p)
                     self.losses[k] = value * share
-                gradients = torch.autograd.grad(prediction, self.learner.leaves, slope.mul_(share))
-                self.learner.schedule.counter.fill_(k)
-            self.learner.update(WORKERS.summed(gradients), k)
+                gradients = torch.autograd.grad(prediction, learner.leaves, slope.mul_(share))
+                learner.schedule.counter.fill_(k)
+            learner.update(WORKERS.summed(gradients), k)
 
 
 class _Stage:
@@ -597,7 +597,7 @@ class _EagerLearner:
 
     floor: float | None = None
 
-    def __init__(self, leaves: list[nn.Parameter], schedule: Schedule, rates: list[float]):
+    def __init__(self, leaves: list[Tensor], schedule: Schedule, rates: list[float]):
         self.leaves, self.schedule, self.rates = leaves, schedule, rates
         self.initial = [leaf.detach().clone() for leaf in leaves]
         for leaf in leaves:
@@ -632,7 +632,7 @@ class _EagerLearner:
 class _EagerRounding(_EagerLearner):
     def __init__(self, layers: list[QuantModule], schedule: Schedule):
         self.layers = layers
-        self.quantizers: list[AdaRoundQuantizer] = [q for layer in layers for q, _ in layer.weight_quantizers()]
+        self.quantizers = [q for layer in layers for q, _ in layer.rounding_quantizers()]
         for layer in layers:
             layer.unbake()
         for quantizer in self.quantizers:

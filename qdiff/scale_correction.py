@@ -83,7 +83,7 @@ class _Sums:
         self.cross.index_add_(0, index, _dot(quantized, full))
         self.square.index_add_(0, index, _dot(quantized, quantized))
         if maps:
-            if self.full_map is None:
+            if self.full_map is None or self.quantized_map is None:
                 zeros = torch.zeros(len(self.count), *full.shape[1:], dtype=torch.float64, device=full.device)
                 self.full_map, self.quantized_map = zeros, zeros.clone()
             self.full_map.index_add_(0, index, full.double())
@@ -91,7 +91,7 @@ class _Sums:
 
     def fit(self) -> tuple[Tensor, Tensor | None]:
         """s, K, and m, K x C x H x W."""
-        if self.full_map is None:
+        if self.full_map is None or self.quantized_map is None:
             return self.cross / self.full, None
         n = self.count
         full, quantized = (x / n.view(-1, 1, 1, 1) for x in (self.full_map, self.quantized_map))

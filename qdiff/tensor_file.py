@@ -176,7 +176,7 @@ class RowWriter:
         if values.shape[1:] != tensor.shape[1:] or row + len(values) > tensor.shape[0]:
             raise ValueError(f"{tuple(values.shape)} rows from {row} on do not fit into {key} of {tensor.shape}")
         wanted = values[:1] if tensor.repeated else values
-        content = wanted.detach().to("cpu", tensor.dtype).contiguous().numpy().reshape(-1).view("u1")
+        content = wanted.detach().to("cpu", tensor.dtype).contiguous().numpy().reshape(-1).view("u1").data
         with naming(self._file.path):
             while len(content):  # the system may write less than it is given
                 written = os.pwrite(self._descriptor, content, at)
@@ -200,6 +200,9 @@ class _Filled:
             self._file.seek(len(content), os.SEEK_CUR)
             return len(content)
         return self._file.write(content)
+
+    def close(self) -> None:
+        """For :mod:`zipfile`'s protocol; it leaves open what it did not open."""
 
     def read_at(self, offset: int, count: int) -> bytes:
         content = os.pread(self._file.fileno(), count, offset)

@@ -70,7 +70,7 @@ def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | flo
     """``x`` dense; ``delta`` 0-dim with numbers as bounds, or one value a row with tensors as bounds."""
     out = torch.empty_like(x)
     n, per_row = x.numel(), delta.dim() > 0
-    rows = (lo.contiguous(), hi.contiguous(), 0.0, 0.0) if per_row else (x, x, float(lo), float(hi))
+    rows = _bounds(x, lo, hi)
     _fake_quantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
         x, delta.contiguous(), rows[0], rows[1], out, n, n // len(x) if per_row else n, rows[2], rows[3],
         PER_ROW=per_row, BLOCK=_ELEMENTS,
@@ -84,7 +84,7 @@ def fake_quantize_backward(
     """Gradients in ``x`` (None where not needed) and in ``delta``, in its shape. Sums have a fixed order."""
     n, per_row = x.numel(), delta.dim() > 0
     rows = len(x) if per_row else 1
-    bounds = (lo.contiguous(), hi.contiguous(), 0.0, 0.0) if per_row else (x, x, float(lo), float(hi))
+    bounds = _bounds(x, lo, hi)
     length = n // rows
     block = _ELEMENTS
     blocks = triton.cdiv(length, block)
@@ -95,6 +95,13 @@ def fake_quantize_backward(
         PER_ROW=per_row, NEEDS_X=needs_x, BLOCK=block,
     )  # fmt: skip
     return (grad_x if needs_x else None), partial.sum(1).view(delta.shape)
+
+
+def _bounds(x: Tensor, lo: Tensor | float, hi: Tensor | float) -> tuple[Tensor, Tensor, float, float]:
+    """A grid's bounds as kernels take them: as tensors and as numbers, of which they look at one pair only."""
+    if isinstance(lo, Tensor) and isinstance(hi, Tensor):
+        return lo.contiguous(), hi.contiguous(), 0.0, 0.0
+    return x, x, float(lo), float(hi)
 
 
 # Group normalisation and SiLU, of channels-last N x positions x channels. Where a sample has few positions, one program
@@ -296,7 +303,8 @@ class _NormPlan:
 
     def scratch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Two values a tile and channel."""
-        return torch.empty(2, len(x), self.tiles, x.shape[1], device=x.device).unbind(0)
+        both = torch.empty(2, len(x), self.tiles, x.shape[1], device=x.device)
+        return both[0], both[1]
 
     def sums(self, first: Tensor, second: Tensor, eps: float, *, moments: bool) -> tuple[Tensor, Tensor]:
         """Two values a sample and group, from the tiles'."""

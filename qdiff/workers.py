@@ -79,7 +79,7 @@ WORKERS = Workers()
 
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process, where ``torchrun`` started several and none is named."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+    if str(device) == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 

@@ -45,7 +45,7 @@ class EmojiFont:
         sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes]
         self._bitmaps = font["CBDT"].strikeData[sizes.index(max(sizes))]
         self._glyph_of_point: dict[int, str] = font.getBestCmap()
-        self._ligatures = dict(_ligatures(font))
+        self._ligatures: dict[tuple[str | None, ...], str] = dict(_ligatures(font))  # None is in no key
 
     def picture(self, points: Sequence[int]) -> Image.Image | None:
         """The bitmap of an emoji, RGBA; None where the font has no single glyph for it."""

@@ -170,3 +170,6 @@ class IdentityFirstStage(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         return latent
+
+
+FirstStage = AutoencoderKL | VQModelInterface | IdentityFirstStage

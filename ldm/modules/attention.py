@@ -8,6 +8,8 @@ Axes in comments: N images, C channels, H height, W width, P = H*W positions, L 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class AttentionBlock(nn.Module):
             they are the heads, each cut into q, k and v: what the published latent models have.
     """
 
-    fused_attention = staticmethod(F.scaled_dot_product_attention)
+    fused_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, heads: int, *, heads_inside: bool = False):
         super().__init__()
@@ -64,7 +66,7 @@ class CrossAttention(nn.Module):
         context_dim: width of a context's tokens; None for self-attention.
     """
 
-    fused_attention = staticmethod(F.scaled_dot_product_attention)
+    fused_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None):
         super().__init__()

@@ -64,6 +64,9 @@ class EMA(nn.Module):
         decay: between 0 and 1.
     """
 
+    decay: Tensor
+    num_updates: Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.9999):
         super().__init__()
         if not 0 <= decay <= 1:

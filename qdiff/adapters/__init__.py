@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ddim.unet import Stage, StagedNetwork
 from qdiff.config import QuantConfig
 from qdiff.quant_block import BaseQuantBlock
+
+__all__ = ["Adapter", "Stage", "StagedNetwork", "find_adapter"]
 
 # The class of a network -> the module of its adapter, which is imported when such a network is wrapped.
 FAMILIES = {
@@ -23,8 +26,7 @@ FAMILIES = {
 class Adapter:
     """One family of UNets.
 
-    The network itself offers ``stages()``, ``begin(*inputs)`` and ``advance(stage, flow)``: its forward pass in pieces
-    (see :class:`ddim.unet.UNet`).
+    The network itself offers its forward pass in pieces: it is a :class:`ddim.unet.StagedNetwork`.
 
     Attributes:
         family: short name, recorded in checkpoints.

@@ -28,6 +28,9 @@ class QuantAttnBlock(BaseQuantBlock, AttnBlock):
     """Self-attention with quantized q, k, v and softmax map. q and k are quantized before they are scaled."""
 
     kind = "attention block"
+    act_quantizer_q: UniformAffineQuantizer
+    act_quantizer_k: UniformAffineQuantizer
+    act_quantizer_v: UniformAffineQuantizer
 
     def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
         for name in "qkv":
@@ -37,7 +40,7 @@ class QuantAttnBlock(BaseQuantBlock, AttnBlock):
     def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
         return {name: getattr(self, f"act_quantizer_{name}") for name in "qkvw"}
 
-    def attention_map_values(self, x: Tensor) -> int:
+    def attention_map_values(self, x: Tensor, context: Tensor | None = None) -> int:
         return len(x) * x[0, 0].numel() ** 2
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

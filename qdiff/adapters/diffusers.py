@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -27,6 +28,17 @@ class QuantAttention2D(BaseQuantBlock, Attention):
     """Self-attention with quantized q, k, v and softmax map. q and k are quantized before they are scaled."""
 
     kind = "attention block"
+    heads: int
+    group_norm: nn.Module | None
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
+    to_out: nn.ModuleList
+    rescale_output_factor: float
+    act_quantizer_q: UniformAffineQuantizer
+    act_quantizer_k: UniformAffineQuantizer
+    act_quantizer_v: UniformAffineQuantizer
+    act_quantizer_w: UniformAffineQuantizer
 
     def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
         for name, config in {"q": act, "k": act, "v": act, "w": softmax}.items():
@@ -35,7 +47,7 @@ class QuantAttention2D(BaseQuantBlock, Attention):
     def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
         return {name: getattr(self, f"act_quantizer_{name}") for name in "qkvw"}
 
-    def attention_map_values(self, x: Tensor) -> int:
+    def attention_map_values(self, x: Tensor, context: Tensor | None = None) -> int:
         return len(x) * self.heads * x[0, 0].numel() ** 2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +74,7 @@ class QuantAttention2D(BaseQuantBlock, Attention):
         return by_heads(summed, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
 
 
-def _shortcuts(unet: nn.Module) -> Iterator[tuple[str, int]]:
+def _shortcuts(unet: Any) -> Iterator[tuple[str, int]]:
     width = unet.config.block_out_channels[-1]  # of what comes from below
     for number, block in enumerate(unet.up_blocks):
         for index, resnet in enumerate(block.resnets):

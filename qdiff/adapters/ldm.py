@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class QuantResBlock(BaseQuantBlock, ResBlock):
 
     kind = "residual block"
 
-    def normalised(self, norm: nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+    def normalised(self, norm: nn.Module, x: Tensor, *, silu: bool) -> Tensor:
         return fused.group_norm(norm, x, silu=silu)
 
 
@@ -44,14 +45,22 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
         )
 
     def block_act_quantizers(self) -> list[UniformAffineQuantizer]:
-        return [quantizer for product in self.attention.values() for quantizer in product.values()]
+        return list(self.attention_quantizers().values())
 
     def attention_quantizers(self) -> dict[str, UniformAffineQuantizer]:
-        scores, sums = self.attention["qkv_matmul"], self.attention["smv_matmul"]
+        scores, sums = self._products()
         names = {"q": scores, "k": scores, "v": sums, "w": sums}
-        return {name: product[f"act_quantizer_{name}"] for name, product in names.items()}
+        # A ModuleDict does not say what it holds.
+        return {name: cast(UniformAffineQuantizer, product[f"act_quantizer_{name}"]) for name, product in names.items()}
 
-    def attention_map_values(self, x: Tensor) -> int:
+    def _products(self) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+        """The quantizers of q k, and of v times the map."""
+        scores, sums = self.attention["qkv_matmul"], self.attention["smv_matmul"]
+        assert isinstance(scores, nn.ModuleDict)
+        assert isinstance(sums, nn.ModuleDict)
+        return scores, sums
+
+    def attention_map_values(self, x: Tensor, context: Tensor | None = None) -> int:
         return len(x) * self.heads * x[0, 0].numel() ** 2
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -60,7 +69,7 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.use_act_quant:
             return super().attend(q, k, v)
-        scores, sums = self.attention["qkv_matmul"], self.attention["smv_matmul"]
+        scores, sums = self._products()
         scale = q.shape[2] ** -0.25
         q, k = scores["act_quantizer_q"](q * scale), scores["act_quantizer_k"](k * scale)  # N, A, K, P
         v = sums["act_quantizer_v"](v)
@@ -79,6 +88,10 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
     """
 
     kind = "attention"
+    act_quantizer_q: UniformAffineQuantizer
+    act_quantizer_k: UniformAffineQuantizer
+    act_quantizer_v: UniformAffineQuantizer
+    act_quantizer_w: UniformAffineQuantizer
     fused_attention = staticmethod(attention)
 
     def add_quantizers(self, act: QuantizerConfig, softmax: QuantizerConfig) -> None:
@@ -114,7 +127,6 @@ class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):
     """
 
     kind = "transformer block"
-    grad_ckpt = False
 
     def attend_to_itself(self, x: Tensor) -> Tensor:
         return self._kept_or_computed_again(super().attend_to_itself, x)

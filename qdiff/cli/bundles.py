@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddim.config import PixelConfig, load_config
 from ddim.samplers import timestep_batch
 from qdiff.calibration_data import CalibrationSet, load_calibration_set, make_calibration_set
-from qdiff.checkpoint import load_quantized, read_info
+from qdiff.checkpoint import load_quantized, read_packed_info
 from qdiff.cli import latent, pixel, text
 from qdiff.cli.errors import UserError
 from qdiff.cli.samplers import Sampler
@@ -263,7 +263,7 @@ class LatentBundle(Bundle):
 
     scale: float = 1.0
 
-    files = ("model.safetensors", "config.yaml")
+    files: ClassVar[tuple[str, ...]] = ("model.safetensors", "config.yaml")
     origin = "scripts/prepare_emoji_bundle.py makes them, of a model that scripts/train_ldm.py trained"
 
     @property
@@ -302,7 +302,9 @@ class LatentBundle(Bundle):
     def sampler(
         self, device: torch.device | str, *, timesteps: int, eta: float, seed: int, allow_tf32: bool = False
     ) -> latent.LatentSampler:
-        labels = tuple(range(self.model.classes))
+        classes = self.model.classes
+        assert classes is not None
+        labels = tuple(range(classes))
         options = latent.SamplerOptions("ddim", timesteps, eta, seed, labels, self.scale)
         self.unet  # noqa: B018 - first out of the model, which the sampler moves to its device
         return latent.LatentSampler(self.model, options, torch.device(device), allow_tf32=allow_tf32)
@@ -311,7 +313,7 @@ class LatentBundle(Bundle):
         return copy.deepcopy(self.unet)
 
     def from_packed(self, path: Path, *, quant_act: bool = True) -> QuantModel:
-        model = QuantModel.from_config(copy.deepcopy(self.unet), read_info(path).quant)
+        model = QuantModel.from_config(copy.deepcopy(self.unet), read_packed_info(path).quant)
         load_quantized(path, model, quant_act=quant_act)
         return model
 
@@ -336,13 +338,15 @@ class LatentBundle(Bundle):
         return sampler.conditions(range(count))
 
     def calibration_samples(self, path: Path, *, cali_st: int, cali_n: int) -> CalibrationSet:
+        shape = self.model.context_shape
+        assert shape is not None
         return load_calibration_set(
             path,
             cali_st=cali_st,
             cali_n=cali_n,
             image_shape=self.input_shape,
             conditional=True,
-            context_width=self.model.context_shape[1],
+            context_width=shape[1],
         )
 
     def sample(

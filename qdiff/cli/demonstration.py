@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet
-from qdiff.checkpoint import packed_bytes, read_info
+from qdiff.checkpoint import packed_bytes, read_packed_info
 from qdiff.cli.bundles import LatentBundle, TextBundle
 from qdiff.config import CalibrationConfig
 from qdiff.evaluation.image_metrics import psnr
@@ -89,7 +89,7 @@ def quantized_rows(
         packed: the calibrated checkpoint, whose flags plain rounding takes; data: what sets its activation ranges.
         images: from ``packed``, as the command made them.
     """
-    nearest = QuantModel.from_config(full, read_info(packed).quant)
+    nearest = QuantModel.from_config(full, read_packed_info(packed).quant)
     calibrate(nearest, data, CalibrationConfig(**bundle.calibration), mode="linear")
     return [
         measure("round to nearest W4A8", nearest, len(packed_bytes(nearest))),

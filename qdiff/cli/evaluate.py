@@ -412,17 +412,21 @@ class Evaluation:
         names = NAMES_OF_BUNDLED if self.bundled else NAMES_OF_INCEPTION
         found: dict[str, Any] = {}
         if "fid" in wanted:
+            assert other is not None
             with _as_user_errors():
                 found[names[0]] = frechet_distance(seen.statistics, other.statistics)
         if "is" in wanted:
-            found[names[1]] = inception_score(seen.logits, self.options)
+            found[names[1]] = inception_score(_kept(seen.logits), self.options)
         if "kid" in wanted:
-            found[names[2]] = kernel_distance(seen.features, other.features, self.options)
+            assert other is not None
+            found[names[2]] = kernel_distance(_kept(seen.features), _kept(other.features), self.options)
         if "prc" in wanted:
-            found |= precision_recall(seen.features, other.features, self.options)
+            assert other is not None
+            found |= precision_recall(_kept(seen.features), _kept(other.features), self.options)
         if "agreement" in wanted:
-            guessed: Tensor = seen.logits.argmax(1)
-            shares = agreement_of(self.known, seen.features, guessed, self.captions(len(guessed))).to_dict()
+            assert self.known is not None
+            guessed = _kept(seen.logits).argmax(1)
+            shares = agreement_of(self.known, _kept(seen.features), guessed, self.captions(len(guessed))).to_dict()
             found |= {name: shares[name] for name in ("group", "named", "base")}
         return found
 
@@ -431,8 +435,10 @@ class Evaluation:
         record["precision_recall_features"] = network.name
         record["reference"] = self.args.reference
         sets = (self.images(3), self._open(self.args.reference, 3))
-        seen = [see(network, images, batch_size=self.args.batch_size, keep=["features"]) for images in sets]
-        return precision_recall(*(one.features for one in seen), self.options) if None not in seen else {}
+        ours, theirs = (see(network, images, batch_size=self.args.batch_size, keep=["features"]) for images in sets)
+        if ours is None or theirs is None:  # another process has them
+            return {}
+        return precision_recall(_kept(ours.features), _kept(theirs.features), self.options)
 
     def of_pairs(self, with_lpips: bool) -> dict[str, Any] | None:
         lpips = None
@@ -471,3 +477,9 @@ def read_captions(path: Path, count: int) -> list[str]:
     if not captions:
         raise UserError(f"--captions {path}: holds no caption")
     return [captions[number % len(captions)] for number in range(count)]
+
+
+def _kept(x: Tensor | None) -> Tensor:
+    """What :func:`see` was asked to keep."""
+    assert x is not None
+    return x

@@ -79,8 +79,9 @@ class _PrintCompletion(argparse.Action):
 
         kinds = {"FILE": shtab.FILE, "PATH": shtab.FILE, "FOLDER": shtab.DIRECTORY, "DIR": shtab.DIRECTORY}
         for action in parser._actions:
-            if str(action.metavar) in kinds:
-                action.complete = kinds[action.metavar]
+            metavar = str(action.metavar)
+            if metavar in kinds:
+                action.complete = kinds[metavar]  # type: ignore[attr-defined]  # shtab looks for it there
         print(shtab.complete(parser, shell))
         parser.exit()
 
@@ -108,7 +109,9 @@ class Parser(argparse.ArgumentParser):
                 help="print a script that makes this shell complete the command's flags",
             )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # a namespace of its own, where argparse fills any object
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
         silent = argparse.Namespace(**dict.fromkeys(defaults, _NotGiven))
         parsed, unknown = self.parse_known_args(args, silent)

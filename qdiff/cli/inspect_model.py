@@ -179,8 +179,8 @@ def pixel_subject(parser: Parser, args: argparse.Namespace) -> Subject:
     _check_steps(parser, args, sampler)
     quant = settled_quant(parser, args, _checkpoint(args), pixel.architecture(config))
 
-    def load(path: str, **selection: int) -> CalibrationSet:
-        return load_calibration_set(path, image_shape=sampler.image_shape, **selection)
+    def load(path: str, *, cali_st: int, cali_n: int) -> CalibrationSet:
+        return load_calibration_set(path, cali_st=cali_st, cali_n=cali_n, image_shape=sampler.image_shape)
 
     unet = pixel.load_full_precision(args, config)
     return Subject(Path(args.config).stem, unet, quant, sampler, args.batch_size or config.sampling.batch_size, load)
@@ -206,13 +206,14 @@ def latent_subject(parser: Parser, args: argparse.Namespace) -> Subject:
     model.diffusion.model.diffusion_model = nn.Identity()  # wrapped on its own; the rest moves with the sampler
     context = sampler.conditions(range(args.cali_n)) if sampler.context_shape else None
 
-    def load(path: str, **selection: int) -> CalibrationSet:
+    def load(path: str, *, cali_st: int, cali_n: int) -> CalibrationSet:
         return load_calibration_set(
             path,
+            cali_st=cali_st,
+            cali_n=cali_n,
             image_shape=sampler.image_shape,
             conditional=sampler.context_shape is not None,
             context_width=sampler.context_shape[1] if sampler.context_shape else None,
-            **selection,
         )
 
     return Subject(model.name, unet, quant, sampler, args.batch_size or latent.BATCH_SIZE, load, context)

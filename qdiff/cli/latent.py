@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ldm.util import load_model_config
 from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, real, whole_numbers
 from qdiff.cli.sampling import plain
+from qdiff.config import RangeMethod
 from qdiff.inference import NoiseModel, tf32
 from qdiff.progress import tensor_hash
 
@@ -211,14 +212,21 @@ class LatentModel:
     @property
     def classes(self) -> int | None:
         """How many classes there are, apart from the one for "no condition"; None for an unconditional model."""
-        return self.diffusion.cond_stage_model.n_classes - 1 if self.diffusion.conditional else None
+        return self.embedder.n_classes - 1 if self.diffusion.conditional else None
+
+    @property
+    def embedder(self) -> ClassEmbedder:
+        """Of a model that is conditional on classes."""
+        embedder = self.diffusion.cond_stage_model
+        assert isinstance(embedder, ClassEmbedder)
+        return embedder
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
         """L x D of a class's embedding."""
         if not self.diffusion.conditional:
             return None
-        return 1, self.diffusion.cond_stage_model.embedding.weight.shape[1]
+        return 1, self.embedder.embedding.embedding_dim
 
     def layer_facts(self) -> dict[str, Any]:
         """:data:`LAYER_KEYS` of the UNet and the latent's size, left-out keywords at their defaults."""
@@ -314,10 +322,10 @@ class LatentSampler:
         diffusion, labels = self._on_device(), self.options.labels
         chosen = torch.tensor([labels[index % len(labels)] for index in indices])
         with torch.no_grad():
-            embedder = diffusion.cond_stage_model
+            embedder = self.model.embedder
             return diffusion.get_learned_conditioning({embedder.key: chosen}), embedder.unconditional(len(chosen))
 
-    def reseeded(self, seed: int) -> LatentSampler:
+    def reseeded(self, seed: int) -> Self:
         """A sampler of the same settings, of other noise."""
         other = copy.copy(self)
         other.options = replace(self.options, seed=seed)
@@ -374,6 +382,6 @@ def _labels(parser: Parser, wanted: Sequence[int] | None, model: LatentModel) ->
     return tuple(wanted)
 
 
-def first_ranges(args: argparse.Namespace) -> dict[str, str]:
+def first_ranges(args: argparse.Namespace) -> dict[str, RangeMethod]:
     """How these families find their first ranges: by error, activations with ``--a_min_max`` by minimum and maximum."""
     return {"weight_range": "mse", "act_range": "max" if args.a_min_max else "mse"}

@@ -246,7 +246,9 @@ class Source:
 
 def make(parser: Parser, args: argparse.Namespace) -> None:
     """Record the set, or the rest of it."""
-    source = {"pixel": of_pixels, "latent": of_latents, "text": of_texts}[kind_of(args)](parser, args)
+    kind = kind_of(args)
+    assert kind is not None  # check_kind_of_model() has passed
+    source = {"pixel": of_pixels, "latent": of_latents, "text": of_texts}[kind](parser, args)
     layout = layout_of(source.sampler, args.cali_n or args.n_samples, cali_st=args.cali_st, half=args.half)
     try:
         record_set(

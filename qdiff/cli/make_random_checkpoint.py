@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.serialization import set_default_mmap_options, skip_data
@@ -134,7 +135,7 @@ def place_config(args: argparse.Namespace, beside: Path) -> str:
 
 
 @torch.no_grad()
-def write_pickled(path: Path, draws: Mapping[str, Draw], seed: int, bar: tqdm) -> None:
+def write_pickled(path: Path, draws: Mapping[str, Draw], seed: int, bar: tqdm[Any]) -> None:
     """As a trainer leaves it: ``state_dict`` and ``global_step``.
 
     The archive is laid out with nothing in its tensors, then mapped into memory and filled, so that its pages go to the
@@ -173,7 +174,7 @@ def _partial(path: Path) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def write_safetensors(path: Path, draws: Mapping[str, Draw], seed: int, bar: tqdm) -> None:
+def write_safetensors(path: Path, draws: Mapping[str, Draw], seed: int, bar: tqdm[Any]) -> None:
     """A ``.safetensors`` file, tensor by tensor.
 
     Raises:
@@ -190,7 +191,7 @@ def write_safetensors(path: Path, draws: Mapping[str, Draw], seed: int, bar: tqd
         for name, draw in draws.items():
             tensor = torch.empty(draw.shape, dtype=draw.dtype)
             draw.fill(tensor, name, seed)
-            file.write(memoryview(tensor.reshape(-1).numpy()).cast("B"))
+            file.write(tensor.reshape(-1).numpy().data.cast("B"))
             bar.update()
 
 

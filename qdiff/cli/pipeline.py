@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +24,14 @@ from qdiff.checkpoint import (
     fits_published,
     load_quantized,
     read_info,
+    read_packed_info,
     save_packed,
     save_published,
     size_report,
 )
 from qdiff.cli.flags import Parser
 from qdiff.cli.run_folder import LOG_ONLY
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.config import CalibrationConfig, QuantConfig, RangeMethod
 from qdiff.memory import MemoryBudget
 from qdiff.progress import CalibrationProgress, identity
 from qdiff.quant_model import QuantModel
@@ -87,7 +89,8 @@ class QuantPlan:
         finished = folder / PACKED_NAME
         if not self.calibrates or not finished.is_file():
             return self
-        return dataclasses.replace(self, checkpoint=finished, weights_only=False, quant=read_info(finished).quant)
+        quant = read_packed_info(finished).quant
+        return dataclasses.replace(self, checkpoint=finished, weights_only=False, quant=quant)
 
     def for_samples(self, data: CalibrationSet | None) -> QuantPlan:
         """The plan with the timesteps of a calibration set, where activation ranges depend on them."""
@@ -106,7 +109,8 @@ def make_plan(
     *,
     source: str | None = None,
     range_order: Literal["random", "first"] = "random",
-    **ranges: str,
+    weight_range: RangeMethod = "max",
+    act_range: RangeMethod = "max",
 ) -> QuantPlan:
     """Settle what the flags leave open with what the checkpoint says of itself; only its header is read.
 
@@ -115,10 +119,12 @@ def make_plan(
             others is refused.
         source: what the config is called in messages; by default its flag.
         range_order: which samples set the first activation ranges.
-        ranges: ``weight_range`` and ``act_range``, how the family finds its first ranges.
+        weight_range, act_range: how the family finds its first ranges, where no flag says it.
     """
     path = Path(args.cali_ckpt) if args.cali_ckpt else None
-    quant = settled_quant(parser, args, path, architecture, source=source, **ranges)
+    quant = settled_quant(
+        parser, args, path, architecture, source=source, weight_range=weight_range, act_range=act_range
+    )
     return QuantPlan(
         quant=quant,
         quant_act=args.quant_act,
@@ -138,14 +144,13 @@ def settled_quant(
     architecture: dict[str, Any],
     *,
     source: str | None = None,
-    **ranges: str,
+    weight_range: RangeMethod = "max",
+    act_range: RangeMethod = "max",
 ) -> QuantConfig:
     """The flags' quantizers, or those that the checkpoint ``path`` says it was calibrated with.
 
     Arguments as in :func:`make_plan`.
     """
-    if hasattr(args, "act_range"):
-        ranges["act_range"] = args.act_range
     quant = QuantConfig(
         weight_bit=args.weight_bit,
         act_bit=args.act_bit,
@@ -155,10 +160,11 @@ def settled_quant(
         sm_abit=args.sm_abit,
         timed_ranges=getattr(args, "timed_ranges", "none"),
         split_input=getattr(args, "split_input", False),
-        **ranges,
+        weight_range=weight_range,
+        act_range=getattr(args, "act_range", act_range),
     )
     info = read_info(path) if path is not None else None
-    if info is not None:
+    if path is not None and info is not None:
         _check_architecture(parser, source or f"--config {args.config}", path, info, architecture)
         quant = _agreed(parser, args, path, info, quant)
     elif not quant.published and args.resume:
@@ -284,18 +290,21 @@ def calibrate_and_save(
         ProgressError: the folder holds units of another calibration.
         OSError: a file could not be written; what was finished is whole.
     """
-    options = {"mode": plan.mode, "weights_done": plan.weights_only}
+    mode, weights_done = plan.mode, plan.weights_only
     progress = None
-    if learning_phases(model, **options):
+    if learning_phases(model, mode=mode, weights_done=weights_done):
         device = next(model.parameters()).device
-        calibration = identity(model, data, plan.calibration, **options)
+        calibration = identity(model, data, plan.calibration, mode=mode, weights_done=weights_done)
         if WORKERS.rank == 0:
             progress = CalibrationProgress.open(folder / PROGRESS_FOLDER, calibration, device=device)
         progress = WORKERS.same(progress)
         if there := what_is_there(model, plan, progress):
             logger.info("%s", there)
+    learn = partial(
+        calibrate, model, data, plan.calibration, mode=mode, weights_done=weights_done, progress=progress, budget=budget
+    )
     if WORKERS.rank > 0:
-        calibrate(model, data, plan.calibration, **options, progress=progress, budget=budget)
+        learn()
         return
     finished: list[UnitProgress] = []
     with ExitStack() as stack:
@@ -304,15 +313,12 @@ def calibrate_and_save(
             from qdiff.cli.curves import curves  # slow to import
 
             listeners.append(stack.enter_context(curves(folder)).add)
-        calibrate(
-            model,
-            data,
-            plan.calibration,
-            **options,
-            on_unit=lambda unit: [listen(unit) for listen in listeners],
-            progress=progress,
-            budget=budget,
-        )
+
+        def announce(unit: UnitProgress) -> None:
+            for listen in listeners:
+                listen(unit)
+
+        learn(on_unit=announce)
     if finished:
         logger.info("all units:\n%s", unit_table([unit.report for unit in finished]), extra=LOG_ONLY)
         logger.info("%s", summary(finished))
@@ -421,7 +427,7 @@ class UnitBar:
     """Progress over units, with the loss of the latest; appears with the first that is not restored."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> UnitBar:
         return self

@@ -140,7 +140,7 @@ class PixelSampler:
     """
 
     rows_per_image = 1
-    context_shape = None
+    context_shape: tuple[int, int] | None = None
 
     def __init__(self, config: PixelConfig, options: SamplerOptions, device: torch.device):
         self.options, self.device = options, device
@@ -175,6 +175,10 @@ class PixelSampler:
             return ddim_sample(
                 model, x, self._times, self._alpha_bar, eta=options.eta, noise=noise.step, on_step=on_step
             )
+
+    def conditions(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """There are none."""
+        raise ValueError("a pixel-space model takes no conditions")
 
     def reseeded(self, seed: int) -> PixelSampler:
         """A sampler of the same settings, of other noise."""

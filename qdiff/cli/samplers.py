@@ -47,10 +47,10 @@ class Sampler(Protocol):
         ...
 
 
-def image_bar(total: int, done: int = 0, *, hidden: bool = False) -> tqdm:
+def image_bar(total: int, done: int = 0, *, hidden: bool = False) -> tqdm[Any]:
     """Progress in images; it moves on within a batch too, by fractions of them. Of none there is none."""
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    options = {
+    options: dict[str, Any] = {
         "unit": " images",
         "desc": "sampling",
         "bar_format": layout,
@@ -60,11 +60,12 @@ def image_bar(total: int, done: int = 0, *, hidden: bool = False) -> tqdm:
     return tqdm(total=total, initial=done, **options)
 
 
-def with_bar(sampler: Sampler, model: NoiseModel, bar: tqdm) -> Callable[..., Tensor]:
+def with_bar(sampler: Sampler, model: NoiseModel, bar: tqdm[Any]) -> Callable[..., Tensor]:
     """The sampler for one model, (indices, on_step=None) -> samples, moving a bar at each model call."""
 
     def sample(indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
         def both(k: int, t: float, x: Tensor) -> None:
+            assert bar.total is not None  # image_bar() knows it
             bar.update(min(len(indices) / sampler.n_steps, bar.total - bar.n))  # rounding must not pass the end
             if on_step is not None:
                 on_step(k, t, x)

@@ -29,6 +29,7 @@ from qdiff.cli.recording import check_steps, layout_of, record_set, seed_beside
 from qdiff.cli.run_folder import Layout, RunFolder, check_room
 from qdiff.cli.samplers import Sampler, image_bar, with_bar
 from qdiff.inference import NoiseModel, prepare
+from qdiff.quant_model import QuantModel
 from qdiff.workers import WORKERS
 
 SET_NAME = "calibration_set.pt"
@@ -50,15 +51,19 @@ class SamplingTask(Protocol):
         batch_flag: what the user lowers where memory is too small for a batch.
     """
 
-    sampler: Sampler
     images: int
     batch_size: int
     model_config: dict[str, Any]
     architecture: dict[str, Any]
     model_name: str
-    paths: tuple[str, ...]
     layout: Layout
     batch_flag: str
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
 
     def plan(self, parser: Parser) -> QuantPlan:
         """How the network is to be quantized."""
@@ -121,11 +126,14 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
     folder = folder or RunFolder(path, continued=False, layout=task.layout)
     with folder.logging(command, verbose=args.verbose) if WORKERS.rank == 0 else nullcontext():
         if makes_set:
+            assert plan is not None
             data = task.calibration_samples(made_on_the_spot(path / SET_NAME, model, task, args))
             plan = plan.for_samples(data)
             model = quantized_model(model.cpu(), plan)
         model = model.to(task.sampler.device)
         if calibrates:
+            assert plan is not None
+            assert isinstance(model, QuantModel)
             with lower_on_out_of_memory("--cali_batch_size", args.cali_batch_size):
                 facts, budget = task.model_config, memory_budget(args, path)
                 calibrate_and_save(model, plan, data, path, facts, tensorboard=args.tensorboard, budget=budget)

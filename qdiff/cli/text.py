@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -189,7 +189,9 @@ class TextModel(LatentModel):
 
     @property
     def encoder(self) -> TextEncoder:
-        return self.diffusion.cond_stage_model
+        encoder = self.diffusion.cond_stage_model
+        assert isinstance(encoder, TextEncoder)
+        return encoder
 
     @property
     def factor(self) -> int:
@@ -213,8 +215,8 @@ class TextModel(LatentModel):
                 below = pixels // multiple * multiple
                 near = f"{below} or {below + multiple}" if below else str(multiple)
                 raise UserError(f"{flag} {pixels}: sizes are multiples of {multiple} pixels; use {near}")
-        sides = ((pixels or default) // self.factor for pixels in (height, width))
-        return self.diffusion.channels, *sides
+        rows, columns = ((pixels or default) // self.factor for pixels in (height, width))
+        return self.diffusion.channels, rows, columns
 
 
 def _checkpoint(path: str) -> Path:
@@ -240,6 +242,8 @@ class TextSampler(LatentSampler):
         codes: how many starting noises there are: image i starts from that of i modulo this number; None for one each.
     """
 
+    model: TextModel
+
     def __init__(
         self,
         model: TextModel,
@@ -262,7 +266,7 @@ class TextSampler(LatentSampler):
         starts = None if self.codes is None else [index % self.codes for index in indices]
         return ImageNoise(self.options.seed, indices, self.image_shape, self.device, starts=starts)
 
-    def reseeded(self, seed: int) -> TextSampler:
+    def reseeded(self, seed: int) -> Self:
         """A sampler of the same settings, of other noise; every sample starts from its own."""
         other = super().reseeded(seed)
         other.codes = None
@@ -276,7 +280,8 @@ class TextSampler(LatentSampler):
     @torch.no_grad()
     def conditions(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Embeddings of the images' prompts and of the empty text: each N x L x D."""
-        encoder = self._on_device().cond_stage_model
+        self._on_device()
+        encoder = self.model.encoder
         prompts = [self.prompt(index) for index in indices]
         different = list(dict.fromkeys(prompts))
         parts = [encoder(different[start : start + TEXTS_AT_ONCE]) for start in range(0, len(different), TEXTS_AT_ONCE)]

@@ -40,7 +40,7 @@ class ClipJudge:
                 try:
                     if not only_local:
                         reach_hub()
-                    options = {"local_files_only": only_local}
+                    options: dict[str, Any] = {"local_files_only": only_local}
                     self._model = CLIPModel.from_pretrained(source, **options).eval().requires_grad_(False).to(device)
                     self._tokenizer = CLIPTokenizer.from_pretrained(source, **options)
                     self._prepare = CLIPImageProcessor.from_pretrained(source, **options)
@@ -64,7 +64,7 @@ class ClipJudge:
         return 100 * cosines.clamp(min=0).cpu()
 
 
-def clip_score(judge: ClipJudge, images: ImageSet, prompts: Sequence[str], *, batch_size: int) -> dict | None:
+def clip_score(judge: ClipJudge, images: ImageSet, prompts: Sequence[str], *, batch_size: int) -> dict[str, Any] | None:
     """Mean score of images of these prompts, one for each; of several processes only the first gets it."""
 
     def work(start: int, part: Tensor) -> Tensor:

@@ -417,7 +417,8 @@ def _open_cifar10(name: str, root: Path, reading: Reading) -> ImageSet:
         return ArrayImages(name, rows.reshape(-1, 3, 32, 32), reading)
     config = DataConfig(dataset="CIFAR10", image_size=32, channels=3)
     try:
-        return ArrayImages(name, open_dataset(config, root, train=name == CIFAR10_NAMES[0]).images, reading)
+        images: Any = open_dataset(config, root, train=name == CIFAR10_NAMES[0])
+        return ArrayImages(name, images.images, reading)
     except DatasetUnavailable:
         raise EvaluationError(
             f"{name}: neither {files[0].parent} nor {root / 'cifar-10-batches-py'} holds it, whole and unaltered; "

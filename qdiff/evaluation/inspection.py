@@ -197,7 +197,7 @@ class Sensitivity:
 
 @torch.no_grad()
 def layer_sensitivities(
-    model: QuantModel, inputs: Inputs, *, batch_size: int = 64, on_layer: Callable[[str], None] | None = None
+    model: QuantModel, inputs: Inputs, *, batch_size: int = 64, on_layer: Callable[[str], object] | None = None
 ) -> list[Sensitivity]:
     """Quantize one layer at a time, first its weight, then its input; and the products of one attention block.
 

@@ -184,7 +184,8 @@ def sensitivity_order(sensitivities: Sequence[Sensitivity]) -> Figure:
     for kind, colour, marker in (("weight", BLUE, "o"), ("activation", ORANGE, "x")):
         points = [(i, getattr(s, kind)) for i, s in enumerate(sensitivities) if getattr(s, kind)]
         if points:
-            axis.scatter(*zip(*points, strict=True), s=16, color=colour, marker=marker, label=f"{kind} quantized")
+            places, errors = zip(*points, strict=True)
+            axis.scatter(places, errors, s=16, color=colour, marker=marker, label=f"{kind} quantized")
     axis.set_yscale("log")
     axis.set_xlabel("layer, in the order of the network")
     axis.set_ylabel("relative output error")

@@ -81,7 +81,7 @@ def over_parts(
     with tqdm(total=len(images), unit=" images", desc=name or str(images.path), disable=WORKERS.rank > 0) as bar:
         for start, part in zip(starts, parts, strict=True):
             made[start] = work(start, part)
-            bar.update(min(len(part) * WORKERS.count, bar.total - bar.n))
+            bar.update(min(len(part) * WORKERS.count, len(images) - int(bar.n)))
     everyone = WORKERS.collected(made)
     if everyone is None:
         return None

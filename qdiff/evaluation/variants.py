@@ -16,7 +16,7 @@ from ddim.pretrained import checkpoint_path, load_weights
 from ddim.samplers import ddim_sample, timestep_batch
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.unet import UNet
-from qdiff.checkpoint import load_quantized, read_info
+from qdiff.checkpoint import load_quantized, read_packed_info
 from qdiff.evaluation.image_metrics import output_error
 from qdiff.evaluation.timing import median_seconds
 from qdiff.quant_model import QuantModel, evaluating
@@ -33,7 +33,7 @@ def full_precision(config: PixelConfig) -> UNet:
 
 def from_packed(path: Path, config: PixelConfig, *, quant_act: bool = True) -> QuantModel:
     """The quantized network of a packed checkpoint, which needs no full-precision weights, on the CPU."""
-    model = QuantModel.from_config(UNet.from_config(config).eval(), read_info(path).quant)
+    model = QuantModel.from_config(UNet.from_config(config).eval(), read_packed_info(path).quant)
     load_quantized(path, model, quant_act=quant_act)
     return model
 

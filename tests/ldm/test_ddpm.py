@@ -105,6 +105,7 @@ def test_the_first_stage_can_encode_the_condition(config: dict[str, Any]) -> Non
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine'"),
         ({"conditioning_key": "adm"}, "conditioning_key 'adm'"),
         ({"cond_stage_config": {"target": "torch.nn.Identity"}}, "needs conditioning_key"),
+        ({"first_stage_config": {"target": "torch.nn.Identity"}}, "'torch.nn.Identity' is not a first stage"),
     ],
 )
 def test_unsupported_keywords_are_named(config: dict[str, Any], change: dict[str, Any], message: str) -> None:

@@ -119,6 +119,17 @@ def test_learned_rounding_keeps_grid_and_starts_at_the_nearest() -> None:
     assert (module.weight_quantizer.alpha == 3).all()
 
 
+def test_rounding_quantizers_are_those_of_both_halves_once_learned() -> None:
+    module = SplitQuantModule(nn.Conv2d(6, 5, 3), WEIGHT, ACT, split_channels=4)
+    module.find_weight_grid()
+    with pytest.raises(RuntimeError, match="learn_rounding"):
+        module.rounding_quantizers()
+    module.learn_rounding()
+    (decoder, first), (encoder, second) = module.rounding_quantizers()
+    assert (decoder, encoder) == (module.weight_quantizer, module.weight_quantizer_0)
+    assert (first.shape[1], second.shape[1]) == (4, 2)
+
+
 def test_what_was_baked_moves_and_is_not_saved() -> None:
     module = QuantModule(nn.Linear(6, 5), WEIGHT, ACT)
     module.find_weight_grid()

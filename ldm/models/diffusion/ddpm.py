@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.config import ConfigError
-from ldm.models.autoencoder import DiagonalGaussian
+from ldm.models.autoencoder import DiagonalGaussian, FirstStage
 from ldm.util import instantiate_from_config, refuse_unknown
 
 UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
@@ -96,6 +96,7 @@ class DiffusionWrapper(nn.Module):
             state = "needs a condition" if cond is None else "is unconditional and takes no condition"
             raise ValueError(f"this model {state} (conditioning_key {self.conditioning_key!r})")
         if self.conditioning_key == "concat":
+            assert cond is not None
             return self.diffusion_model(torch.cat([x, cond], 1), t)
         if self.conditioning_key == "crossattn":
             return self.diffusion_model(x, t, context=cond)
@@ -125,6 +126,12 @@ class LatentDiffusion(nn.Module):
     Raises:
         ConfigError: an unknown keyword, a value that is not supported, or a section that cannot be built.
     """
+
+    first_stage_model: FirstStage
+    cond_stage_model: nn.Module  # of conditional models
+    betas: Tensor
+    alphas_cumprod: Tensor
+    scale_factor: Tensor | float
 
     def __init__(
         self,
@@ -160,7 +167,10 @@ class LatentDiffusion(nn.Module):
         self.cond_stage_key = cond_stage_key
         self.use_ema, self.clip_denoised = use_ema, clip_denoised
         self.model = DiffusionWrapper(unet_config, None if unconditional else conditioning_key)
-        self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
+        first_stage = instantiate_from_config(first_stage_config, "first_stage_config")
+        if not isinstance(first_stage, FirstStage):
+            raise ConfigError(f"first_stage_config: target '{first_stage_config['target']}' is not a first stage")
+        self.first_stage_model = first_stage
         if cond_stage_config == IS_FIRST_STAGE:
             self.cond_stage_model = self.first_stage_model
         elif not unconditional:

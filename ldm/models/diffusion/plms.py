@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -57,6 +59,6 @@ def sample_plms(
             eps = (eps + at_end) / 2
         else:
             weights = LOOK_BACK[len(estimates)]
-            eps = sum(weight * estimate for weight, estimate in zip(weights, estimates, strict=True))
+            eps = reduce(add, (weight * estimate for weight, estimate in zip(weights, estimates, strict=True)))
         x = ddim_step(x, eps, step)
     return x

@@ -38,7 +38,7 @@ def guided(
     """
     if scale != 1 and (cond is None or uncond is None):
         raise ValueError(f"guidance with scale {scale} needs both a condition and an unconditional one")
-    if uncond is None or scale == 1:
+    if cond is None or uncond is None or scale == 1:
         return lambda x, t: model(x, t, cond)
     if cond.shape != uncond.shape:
         raise ValueError(f"conditions have the shape {tuple(cond.shape)}, unconditional ones {tuple(uncond.shape)}")

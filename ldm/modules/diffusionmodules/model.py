@@ -43,6 +43,9 @@ class AttnBlock(unet.AttnBlock):
 class _Level(nn.Module):
     """The blocks of one resolution, each followed by attention where the resolution has it."""
 
+    downsample: nn.Module  # of an encoder's level
+    upsample: nn.Module  # of a decoder's
+
     def __init__(self, in_channels: int, out_channels: int, blocks: int, dropout: float, attends: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
@@ -115,6 +118,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)
         for level in self.down:
+            assert isinstance(level, _Level)
             h = level.downsample(level(h))
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
@@ -157,5 +161,6 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         h = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
+            assert isinstance(level, _Level)
             h = level.upsample(level(h))
         return self.conv_out(F.silu(self.norm_out(h)))

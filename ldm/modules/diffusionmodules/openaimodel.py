@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.unet import Flow, Stage
+from ddim.unet import Flow, Stage, StagedNetwork
 from ldm.modules.attention import AttentionBlock, SpatialTransformer, group_norm
 
 MAX_PERIOD = 10_000
@@ -111,12 +112,12 @@ class ResBlock(nn.Module):
             h = self.normalised(norm, h + temb, silu=True)
         return conv(dropout(h))
 
-    def normalised(self, norm: nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+    def normalised(self, norm: nn.Module, x: Tensor, *, silu: bool) -> Tensor:
         """The normalised feature, or SiLU of it."""
         return F.silu(norm(x)) if silu else norm(x)
 
 
-class UNetModel(nn.Module):
+class UNetModel(StagedNetwork):
     """Predicts the noise in a noisy latent: (N x C x H x W, N timesteps, context) -> N x out_channels x H x W.
 
     The keywords are those of the published YAML files.
@@ -195,18 +196,16 @@ class UNetModel(nn.Module):
         def attention(channels: int, *, upwards: bool = False) -> nn.Module:
             own_number = upwards and num_heads_upsample != -1
             heads = _head_count(channels, num_heads_upsample if own_number else num_heads, num_head_channels)
-            if use_spatial_transformer:
+            if context_dim is not None:  # where it is, transformers are wanted
                 return SpatialTransformer(channels, heads, depth=transformer_depth, context_dim=context_dim)
             return AttentionBlock(channels, heads, heads_inside=use_new_attention_order)
 
-        def residual(channels: int, out: int, **options: int | str) -> ResBlock:
-            return ResBlock(channels, out, embed, dropout, scale_shift=use_scale_shift_norm, **options)
-
+        residual = partial(ResBlock, embed_channels=embed, dropout=dropout, scale_shift=use_scale_shift_norm)
         self.time_embed = nn.Sequential(nn.Linear(model_channels, embed), nn.SiLU(), nn.Linear(embed, embed))
 
         # What the way down leaves for the way up: the channels of every one of its blocks.
         width, skips = model_channels, [model_channels]
-        down = [[nn.Conv2d(in_channels, width, 3, padding=1)]]
+        down: list[list[nn.Module]] = [[nn.Conv2d(in_channels, width, 3, padding=1)]]
         for level, multiplier in enumerate(channel_mult):
             attends = 2**level in attention_resolutions
             for _ in range(num_res_blocks):
@@ -254,7 +253,6 @@ class UNetModel(nn.Module):
         return flow.h
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Flow:
-        """What enters the first stage."""
         if context is None and self.context_dim is not None:
             raise ValueError(f"this network attends to a context: pass one, N x L x {self.context_dim}")
         if context is not None and self.context_dim is None:
@@ -264,14 +262,9 @@ class UNetModel(nn.Module):
         return Flow(h=x, t=t, context=context)
 
     def advance(self, stage: Stage, flow: Flow) -> None:
-        """Run one stage on what has reached it; ``flow`` is changed in place.
-
-        A forward pass is begin() and then every stage in order. Calibration runs the same stages one by one, so that
-        a whole calibration set moves through the network once instead of once for every block.
-        """
         module = self.get_submodule(stage.path)
         if stage.joins:
-            flow.h = torch.cat([flow.h, flow.skips.pop()], dim=1)
+            flow.join()
         if stage.path == "time_embed":
             flow.temb = module(timestep_embedding(flow.t, self.model_channels))
         elif stage.timed:
@@ -283,18 +276,16 @@ class UNetModel(nn.Module):
         if stage.leaves:
             flow.skips.append(flow.h)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The parts of the forward pass in the order in which it runs them."""
-        return self._stages
-
     def _list_stages(self) -> Iterator[Stage]:
         yield Stage("time_embed")
         for number, parts in enumerate(self.input_blocks):
+            assert isinstance(parts, nn.ModuleList)
             for index, part in enumerate(parts):
                 yield _stage(f"input_blocks.{number}.{index}", part, leaves=part is parts[-1])
         for index, part in enumerate(self.middle_block):
             yield _stage(f"middle_block.{index}", part)
         for number, parts in enumerate(self.output_blocks):
+            assert isinstance(parts, nn.ModuleList)
             for index, part in enumerate(parts):
                 yield _stage(f"output_blocks.{number}.{index}", part, joins=index == 0)
         yield Stage("out")

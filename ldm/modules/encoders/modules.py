@@ -206,8 +206,9 @@ class FrozenCLIPEmbedder(TextEncoder):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCLIPEmbedder:
         for module in self.modules():  # the same buffer could not be moved either
-            if "position_ids" in module._buffers and module.position_ids.is_meta:
-                module.position_ids = torch.arange(module.position_ids.shape[-1], device="cpu")[None]
+            positions = module._buffers.get("position_ids")
+            if positions is not None and positions.is_meta:
+                module.position_ids = torch.arange(positions.shape[-1], device="cpu")[None]
         return super()._apply(fn, recurse)
 
 

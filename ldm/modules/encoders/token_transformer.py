@@ -62,7 +62,9 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(channels), part]) for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, part in self.layers:
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            norm, part = layer
             x = x + part(norm(x))
         return x
 

@@ -171,10 +171,10 @@ def check_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def _numbered(name: str, vocabulary: Any) -> dict[str, int]:
-    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
+    numbers: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
     if any(type(number) is not int for number in numbers) or sorted(numbers) != list(range(len(numbers))):
         raise UntrustedFileError(f"{name} does not number its tokens from 0 on, each once")
-    return vocabulary
+    return dict(vocabulary)
 
 
 def _backend_vocabulary(name: str, content: Any) -> dict[str, Any]:
@@ -329,4 +329,4 @@ def read_merges(text: str, count: int = CLIP_MERGES) -> list[tuple[str, str]]:
     pairs = [tuple(line.split()) for line in lines]
     if len(pairs) < count or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"expected a heading and {count} lines of two pieces each")
-    return pairs
+    return [(first, second) for first, second in pairs]
