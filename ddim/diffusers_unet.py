@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddim.unet import Flow, Stage, StagedNetwork
 
@@ -18,6 +18,16 @@ class StagedUNet2D(UNet2DModel, StagedNetwork):
 
     All parameters have diffusers' names.
     """
+
+    config: Any
+    time_proj: nn.Module
+    time_embedding: nn.Module
+    conv_norm_out: nn.Module
+    conv_act: nn.Module
+    conv_out: nn.Module
+    down_blocks: Any
+    mid_block: Any
+    up_blocks: Any
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> StagedUNet2D:
