@@ -15,7 +15,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddim.untrusted import FileError, UntrustedFileError, read_yaml_text, refuse_interpolations
+from ddim.untrusted import FileError, UntrustedFileError, read_yaml_text, reason, refuse_interpolations
 
 
 class ConfigError(FileError):
@@ -147,6 +147,8 @@ def config_from_dict(content: dict[str, Any], source: str = "config") -> PixelCo
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{source}: key '{key}': {_first_line(error)}; expected {_expected_type(key)}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # a list where a section belongs, and the like
+        raise ConfigError(f"{source}: does not fit the schema: {reason(error)}") from None
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{source}: key '{missing[0]}' is missing; expected {_expected_type(missing[0])}")

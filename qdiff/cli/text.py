@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddim.noise import ImageNoise
+from ddim.untrusted import parse_json
 from ldm.modules.encoders.modules import TextEncoder
 from ldm.pretrained import find_checkpoint
 from qdiff.cli.errors import UserError
@@ -121,7 +121,7 @@ def _captions(path: Path, text: str) -> list[str]:
     """The captions of a file in the structure of COCO's ``captions_*.json``."""
     remedy = 'expected COCO captions, {"annotations": [{"caption": "..."}]}; prompts, one a line, go in a .txt'
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise UserError(f"--from-file {path}: is not JSON ({error}); {remedy}") from None
     annotations = content.get("annotations") if isinstance(content, dict) else None

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ddim.pretrained import describe_differences
 from ddim.untrusted import UntrustedFileError, open_safetensors
 from qdiff.evaluation.frechet import FeatureAccumulator, FeatureStatistics, equal_mixture
 from qdiff.files import write_atomically
@@ -52,12 +53,14 @@ class Classifier(nn.Module):
         model = cls()
         try:
             with open_safetensors(path) as file:
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if differences := describe_differences(weights, model.state_dict()):  # batch norm would take less
+                raise UntrustedFileError("; ".join(differences))
+            model.load_state_dict(weights)
             if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
                 raise UntrustedFileError("NaN or infinite weights")
-        except (UntrustedFileError, RuntimeError) as error:
-            said = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-            raise ValueError(f"{path}: not the weights of a {cls.__name__}: {said[:400]}") from None
+        except UntrustedFileError as error:
+            raise ValueError(f"{path}: not the weights of a {cls.__name__}: {error}") from None
         return model.eval().requires_grad_(False).to(device)
 
     @property
