@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -44,21 +43,13 @@ class StagedUNet2D(UNet2DModel, StagedNetwork):
         """What enters the first stage."""
         return Flow(h=2 * x - 1 if self.config.center_input_sample else x, t=t)
 
-    def advance(self, stage: Stage, flow: Flow) -> None:
-        """Run one stage on what has reached it; ``flow`` is changed in place."""
-        if stage.joins:
-            skip = flow.skips.pop()
-            assert skip is not None  # a flow that runs has all connections
-            flow.h = torch.cat([flow.h, skip], dim=1)
+    def run_stage(self, stage: Stage, flow: Flow) -> None:
         if stage.path == "time_embedding":
             flow.temb = self.time_embedding(self.time_proj(flow.t))
         elif stage.path == "conv_out":
             flow.h = self.conv_out(self.conv_act(self.conv_norm_out(flow.h)))
         else:
-            module = self.get_submodule(stage.path)
-            flow.h = module(flow.h, flow.temb) if stage.timed else module(flow.h)
-        if stage.leaves:
-            flow.skips.append(flow.h)
+            super().run_stage(stage, flow)
 
     def stages(self) -> tuple[Stage, ...]:
         """The parts of the forward pass in the order in which it runs them."""

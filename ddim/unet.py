@@ -224,7 +224,21 @@ class StagedNetwork(nn.Module):
 
     def advance(self, stage: Stage, flow: Flow) -> None:
         """Run one stage on what has reached it; ``flow`` is changed in place."""
-        raise NotImplementedError
+        if stage.joins:
+            flow.join()
+        self.run_stage(stage, flow)
+        if stage.leaves:
+            flow.skips.append(flow.h)
+
+    def run_stage(self, stage: Stage, flow: Flow) -> None:
+        """What a stage does between its U connections. Networks say what is done otherwise in theirs."""
+        module = self.get_submodule(stage.path)
+        if stage.timed:
+            flow.h = module(flow.h, flow.temb)
+        elif stage.attends:
+            flow.h = module(flow.h, flow.context)
+        else:
+            flow.h = module(flow.h)
 
     def stages(self) -> tuple[Stage, ...]:
         """The parts of the forward pass in the order in which it runs them."""
@@ -321,18 +335,13 @@ class UNet(StagedNetwork):
     def begin(self, x: Tensor, t: Tensor) -> Flow:
         return Flow(h=x, t=t)
 
-    def advance(self, stage: Stage, flow: Flow) -> None:
-        if stage.joins:
-            flow.join()
+    def run_stage(self, stage: Stage, flow: Flow) -> None:
         if stage.path == "temb":
             flow.temb = self.temb(flow.t)
         elif stage.path == "conv_out":
             flow.h = self.conv_out(F.silu(self.norm_out(flow.h)))
         else:
-            module = self.get_submodule(stage.path)
-            flow.h = module(flow.h, flow.temb) if stage.timed else module(flow.h)
-        if stage.leaves:
-            flow.skips.append(flow.h)
+            super().run_stage(stage, flow)
 
     def _list_stages(self) -> Iterator[Stage]:
         yield Stage("temb")

@@ -261,20 +261,11 @@ class UNetModel(StagedNetwork):
             raise ValueError(f"context tokens are {context.shape[-1]} wide; this network takes {self.context_dim}")
         return Flow(h=x, t=t, context=context)
 
-    def advance(self, stage: Stage, flow: Flow) -> None:
-        module = self.get_submodule(stage.path)
-        if stage.joins:
-            flow.join()
+    def run_stage(self, stage: Stage, flow: Flow) -> None:
         if stage.path == "time_embed":
-            flow.temb = module(timestep_embedding(flow.t, self.model_channels))
-        elif stage.timed:
-            flow.h = module(flow.h, flow.temb)
-        elif stage.attends:
-            flow.h = module(flow.h, flow.context)
+            flow.temb = self.time_embed(timestep_embedding(flow.t, self.model_channels))
         else:
-            flow.h = module(flow.h)
-        if stage.leaves:
-            flow.skips.append(flow.h)
+            super().run_stage(stage, flow)
 
     def _list_stages(self) -> Iterator[Stage]:
         yield Stage("time_embed")
