@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,6 +60,28 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _about(Path(path), error) from error
+
+
+def locked(path: str | Path) -> int | None:
+    """A descriptor that holds a lock on a file until it is closed, or the process ends, however it ends.
+
+    Returns:
+        None on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process holds it, or another descriptor of this one.
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:

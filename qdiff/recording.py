@@ -11,7 +11,6 @@ CPU not in its last digit.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import logging
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ddim.untrusted import UntrustedFileError, read_json
 from qdiff.calibration_data import CalibrationSetError, SampleBatch, batches, kept_steps, record_batch
-from qdiff.files import write_atomically
+from qdiff.files import locked, write_atomically
 from qdiff.progress import ProgressError, flat
 from qdiff.tensor_file import RowWriter, StoredTensor, TensorFile
 from qdiff.version import __version__
@@ -277,18 +276,11 @@ class Recording:
     def _lock_out_others(self) -> None:
         """Let no second command write into the folder; the system ends the lock with the process."""
         try:
-            descriptor = os.open(self.folder / DONE, os.O_RDONLY)
+            self._lock = locked(self.folder / DONE)
         except (FileNotFoundError, NotADirectoryError):
             return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
             raise ProgressError(f"{self.folder}: another process is making this set; wait for it, or end it") from None
-        except OSError:  # a file system without locks
-            os.close(descriptor)
-            return
-        self._lock = descriptor
 
     def _check_room(self) -> None:
         taken = 0

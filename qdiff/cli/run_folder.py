@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from ddim.untrusted import UntrustedFileError, read_image, read_yaml_text
 from qdiff.cli.errors import UserError
-from qdiff.files import atomic_file, write_atomically
+from qdiff.files import atomic_file, locked, write_atomically
 
 CONFIG_NAME = "sampling_config.yaml"
 LOG_NAME = "run.log"
@@ -131,6 +131,26 @@ class RunFolder:
         text = yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)
         write_atomically(folder.path / CONFIG_NAME, text.encode())
         return folder
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no second command write into the folder inside the ``with`` block.
+
+        Raises:
+            UserError: another one does.
+        """
+        try:
+            lock = locked(self.path / CONFIG_NAME)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another command is writing this run; wait for it or end it, or name another folder with "
+                f"{self.layout.flag}"
+            ) from None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
 
     def tidy(self) -> None:
         """Remove what a killed run left unfinished."""

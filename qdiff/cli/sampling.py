@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,10 +121,13 @@ def run(parser: Parser, args: argparse.Namespace, task: SamplingTask, command: S
         check_room(args.logdir, room_needed(model), task.layout.flag)
     if WORKERS.rank == 0:
         folder = folder or RunFolder.create(args.logdir, options, model_name=task.model_name, layout=task.layout)
-        folder.tidy()
     path = WORKERS.same(folder and folder.path)
     folder = folder or RunFolder(path, continued=False, layout=task.layout)
-    with folder.logging(command, verbose=args.verbose) if WORKERS.rank == 0 else nullcontext():
+    with ExitStack() as writing:
+        if WORKERS.rank == 0:
+            writing.enter_context(folder.alone())
+            folder.tidy()
+            writing.enter_context(folder.logging(command, verbose=args.verbose))
         if makes_set:
             assert plan is not None
             data = task.calibration_samples(made_on_the_spot(path / SET_NAME, model, task, args))

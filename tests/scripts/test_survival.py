@@ -148,6 +148,20 @@ def test_sigkill_while_sampling(miniature, commands: Commands, tmp_path: Path) -
     assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in found.iterdir())
 
 
+def test_a_second_command_in_the_folder_of_a_run(miniature, commands: Commands, tmp_path: Path, failing) -> None:
+    """It is refused while the first one works, and goes on when that one is gone, however it went."""
+    argv, out = [*miniature.flags(), "--max_images", "200", "--batch_size", "1"], tmp_path / "out"
+    commands.start([*argv, "-l", str(out)])
+    wait_for(lambda: any(out.glob("samples/*/img/0*.png")), commands)
+    failure = failing(*argv, "-l", run_folder(out))
+    assert failure.status == 2
+    assert "another command is writing this run; wait for it or end it" in failure.message
+    commands.kill(signal.SIGKILL)
+    commands.wait()
+    main([*miniature.flags(), "--max_images", "200", "--batch_size", "50", "-l", str(run_folder(out))])
+    assert len(list(out.glob("samples/*/img/0*.png"))) == 200
+
+
 def finished(folder: Path) -> bool:
     return (folder / CHECKPOINTS[-1]).exists()
 
