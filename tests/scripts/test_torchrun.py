@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from .conftest import REPOSITORY, Miniature
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 QUANTIZED = ["--ptq", "--weight_bit", "4", "--quant_act", "--split"]
 
 
 def sample(*words: object, together: bool) -> None:
     """The command in processes of its own."""
     result = subprocess.run(
-        [sys.executable, *(TORCHRUN if together else []), str(REPOSITORY / "scripts" / "sample_diffusion_ddim.py")]
-        + [str(word) for word in words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
+        command(*words, together=together), env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def command(*words: object, together: bool) -> list[str]:
+    script = str(REPOSITORY / "scripts" / "sample_diffusion_ddim.py")
+    return [sys.executable, *(TORCHRUN if together else []), script, *map(str, words)]
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes that torchrun started, and that still run."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"sample_diffusion" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_two_processes_calibrate_into_one_folder_and_share_the_images(miniature: Miniature, tmp_path: Path) -> None:
@@ -45,3 +54,32 @@ def test_two_processes_calibrate_into_one_folder_and_share_the_images(miniature:
     (folder / "img" / "000004.png").unlink()  # a batch of its own
     sample(*words, *QUANTIZED, "--max_images", 5, "-l", folder, together=True)
     assert {path.name: path.read_bytes() for path in (folder / "img").iterdir()} == images
+
+
+def test_a_worker_that_dies(miniature: Miniature, tmp_path: Path) -> None:
+    """Torchrun ends the other one and says so; the next start makes what is missing, with the same bytes."""
+    words = [*miniature.flags(), "--max_images", 120, "--batch_size", 1]
+    together = subprocess.Popen(
+        command(*words, "-l", tmp_path / "out", together=True),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("out/samples/*/img/0*.png"))) < 4:
+        assert together.poll() is None, together.communicate()[1][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(workers_of(together.pid)[1], signal.SIGKILL)
+    said = together.communicate(timeout=120)[1]
+    assert together.returncode != 0
+    assert "SIGKILL" in said or "-9" in said
+    (folder,) = (tmp_path / "out" / "samples").iterdir()
+    assert len(list((folder / "img").glob("0*.png"))) < 120
+    sample(*words, "-l", folder, together=False)
+    sample(*words, "-l", tmp_path / "whole", together=False)
+    (whole,) = (tmp_path / "whole" / "samples").iterdir()
+    images = [{path.name: path.read_bytes() for path in (run / "img").iterdir()} for run in (folder, whole)]
+    assert len(images[0]) == 120
+    assert images[0] == images[1]
