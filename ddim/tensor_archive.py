@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import struct
 import warnings
@@ -404,6 +405,8 @@ def _check_old(file: BinaryIO, rules: _Rules) -> None:
     if not os.fstat(file.fileno()).st_size:
         raise UntrustedFileError("truncated or damaged (it is empty)")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:1] != pickle.PROTO:
+            raise UntrustedFileError("not a file written by torch.save")
         structure = _Structure(rules)
         if structure.read(content) != MAGIC or structure.read(content) != PROTOCOL:
             raise UntrustedFileError("not a file written by torch.save, or damaged")
