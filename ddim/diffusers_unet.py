@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddim.unet import Flow, Stage, StagedNetwork
 
 
-class StagedUNet2D(UNet2DModel, StagedNetwork):
+class StagedUNet2D(StagedNetwork, UNet2DModel):
     """Predicts the noise in a noisy image: (N x C x H x W, N timesteps) -> N x C x H x W.
 
     All parameters have diffusers' names.
@@ -32,12 +32,6 @@ class StagedUNet2D(UNet2DModel, StagedNetwork):
     def of(cls, config: dict[str, Any]) -> StagedUNet2D:
         """With random weights, as a ``config.json`` that :mod:`ddim.diffusers_config` has checked describes it."""
         return cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        flow = self.begin(x, t)
-        for stage in self.stages():
-            self.advance(stage, flow)
-        return flow.h
 
     def begin(self, x: Tensor, t: Tensor) -> Flow:
         """What enters the first stage."""

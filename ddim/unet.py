@@ -218,6 +218,12 @@ class StagedNetwork(nn.Module):
 
     _stages: tuple[Stage, ...]
 
+    def forward(self, *inputs: Any) -> Tensor:
+        flow = self.begin(*inputs)
+        for stage in self.stages():
+            self.advance(stage, flow)
+        return flow.h
+
     def begin(self, *inputs: Any, **named_inputs: Any) -> Flow:
         """What enters the first stage; the inputs are those of forward()."""
         raise NotImplementedError
@@ -325,12 +331,6 @@ class UNet(StagedNetwork):
             dropout=m.dropout,
             resamp_with_conv=m.resamp_with_conv,
         )
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        flow = self.begin(x, t)
-        for stage in self.stages():
-            self.advance(stage, flow)
-        return flow.h
 
     def begin(self, x: Tensor, t: Tensor) -> Flow:
         return Flow(h=x, t=t)

@@ -133,6 +133,11 @@ class QuantConfig:
         """Activations: one range for a whole tensor."""
         return QuantizerConfig(self.act_bit, symmetric=self.a_sym, scale_method=self.act_range, leaf_param=True)
 
+    @property
+    def attention_map(self) -> QuantizerConfig:
+        """Softmax maps, in which nothing is negative: unsigned from zero, with ``a_sym`` too."""
+        return QuantizerConfig(self.sm_abit, scale_method=self.act_range, leaf_param=True, always_zero=True)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values. Options of later releases are left out where they are not used, for earlier ones to read."""
         facts = dataclasses.asdict(self)

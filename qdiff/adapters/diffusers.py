@@ -85,9 +85,7 @@ def _shortcuts(unet: Any) -> Iterator[tuple[str, int]]:
 
 def _finish_block(block: BaseQuantBlock, config: QuantConfig) -> None:
     if isinstance(block, QuantAttention2D):
-        # Nothing in a softmax map is negative: its grid is unsigned from zero, with --a_sym too.
-        softmax = QuantizerConfig(config.sm_abit, scale_method=config.act_range, leaf_param=True, always_zero=True)
-        block.add_quantizers(config.act, softmax)
+        block.add_quantizers(config.act, config.attention_map)
 
 
 def _inputs(unet: nn.Module) -> Iterator[str]:
