@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddim.config import ConfigError, PixelConfig, load_config
+from ddim.models import build
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.unet import UNet
 from ldm.models.diffusion.ddim import latent_timesteps
@@ -50,9 +51,17 @@ from ldm.util import load_model_config
 from qdiff.calibrate import UnitProgress, calibrate
 from qdiff.calibration_data import CalibrationSet, load_calibration_set, selected_steps
 from qdiff.capture import UnitData
-from qdiff.checkpoint import save_packed
+from qdiff.checkpoint import load_quantized, read_packed_info, save_packed
 from qdiff.cli.errors import UserError, exit_on_error
-from qdiff.cli.flags import Help, at_least, device_name, real, resolve_device
+from qdiff.cli.flags import (
+    Help,
+    add_inference_flags,
+    at_least,
+    device_name,
+    inference_config,
+    real,
+    resolve_device,
+)
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.evaluation.image_metrics import psnr
 from qdiff.evaluation.record import environment, write_json
@@ -147,6 +156,11 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--psnr", type=at_least(1), metavar="N", help="also compare N images of the bundled model")
     own.add_argument("--timesteps", type=at_least(1), default=SAMPLER_STEPS, metavar="N", help="of these images")
 
+    own = add("loading", benchmark_loading, CIFAR, "From a packed checkpoint on the disk to a network that has run.")
+    own.add_argument("--cali_ckpt", type=Path, required=True, metavar="FILE", help="the packed checkpoint")
+    own.add_argument("--batch_size", type=at_least(1), default=2, metavar="N", help="of its first call [2]")
+    add_inference_flags(own)
+
     own = add("range-search", benchmark_range_search, None, "The error search for the range of one 320x320x3x3 weight.")
     own.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="calls of which the median is taken")
 
@@ -227,6 +241,9 @@ class Network(Protocol):
     def make(self, *, random: bool) -> nn.Module:
         """With its weights, or with random ones; a new one each time, on the CPU, in evaluation mode."""
 
+    def empty(self) -> nn.Module:
+        """For weights to come; a new one each time."""
+
 
 class PixelNetwork:
     """Of a pixel-space model, with split shortcuts and symmetric activations."""
@@ -247,6 +264,9 @@ class PixelNetwork:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return UNet.from_config(self.config).eval()
+
+    def empty(self) -> nn.Module:
+        return build(self.config)
 
 
 class LatentNetwork:
@@ -282,6 +302,9 @@ class LatentNetwork:
         if not random:
             raise UserError(f"{self.path}: of latent models only random weights are measured; say --random_weights")
         return copy.deepcopy(self._unet)
+
+    def empty(self) -> nn.Module:
+        return copy.deepcopy(self.diffusion.model.diffusion_model).to_empty(device="cpu").eval().requires_grad_(False)
 
     @cached_property
     def _unet(self) -> nn.Module:
@@ -810,6 +833,39 @@ def compare_images(args: Any) -> dict[str, dict[str, float | None]]:
         to_full = None if name == "full" else psnr(exact[name], exact["full"]).mean().item()
         found[name] = {"mean": near.mean().item(), "worst": near.min().item(), "to_full": to_full}
     return found
+
+
+# Loading.
+
+
+def benchmark_loading(args: Any) -> Result:
+    """As sampling with ``--resume`` loads the UNet: the file is read once before, for the disk's cache to be warm."""
+    network = network_of(args)
+    for _ in args.cali_ckpt.open("rb"):
+        pass
+    torch.zeros(1, device=args.device)  # the device's own start is not the checkpoint's
+    parts: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        result = []
+        parts[name] = seconds(lambda: result.append(function()), args.device)
+        return result[0]
+
+    info = timed("header", lambda: read_packed_info(args.cali_ckpt))
+    model = timed("network without weights", lambda: QuantModel.from_config(network.empty(), info.quant).eval())
+    timed("weights", lambda: load_quantized(args.cali_ckpt, model, quant_act=info.quant.act_bit is not None))
+    timed("onto the device", lambda: model.to(args.device))
+    inference = inference_config(args)
+    shape = (args.batch_size, *network.shape)
+    context = network.context_shape
+    run = timed("ready", lambda: prepare(model, inference, shape=shape, device=args.device, context_shape=context))
+    inputs = [x.to(args.device) for x in random_inputs(network, args.batch_size)]
+    timed("first call", lambda: run(*inputs))
+    parts["whole"] = sum(parts.values())
+    lines = [[name, f"{taken:.2f}"] for name, taken in parts.items()]
+    size = args.cali_ckpt.stat().st_size
+    notes = [f"{size / 1e6:.1f} MB; precision {inference.precision}" + (", compiled" if inference.compile else "")]
+    return Result(["part", "seconds"], lines, {"seconds": parts, "bytes": size}, notes)
 
 
 # The range search.

@@ -214,6 +214,19 @@ def test_images_are_compared_with_eager_fp32(run, monkeypatch) -> None:
     assert "PSNR" in said
 
 
+def test_loading_a_packed_checkpoint(run) -> None:
+    packed, model = benchmark.BUNDLED, ["--config", str(benchmark.FASHION)]
+    figures, said = run(
+        "loading", "--device", "cpu", "--cali_ckpt", str(packed), "--batch_size", "1", *model, model=False
+    )
+    parts = dict(figures["seconds"])
+    assert parts.pop("whole") == pytest.approx(sum(parts.values()))
+    assert list(parts)[-1] == "first call"
+    assert min(parts.values()) >= 0
+    assert figures["bytes"] == packed.stat().st_size
+    assert f"{packed.stat().st_size / 1e6:.1f} MB" in said
+
+
 def test_range_search(run) -> None:
     figures, said = run("range-search", "--device", "cpu", "--repeats", "1", model=False)
     assert figures["ms"] > 0
