@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def refuse_unknown(params: Mapping[str, Any], ignored: Collection[str], where: s
 
 
 def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The ``model`` section of a YAML config; other sections are for training and ignored.
+    """The ``model`` section of a YAML config; other sections but ``sampling`` are for training and ignored.
 
     Args:
         overrides: ``key=value`` words in dots, such as ``model.params.image_size=32``; later ones win. They change
@@ -95,26 +96,55 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
         ConfigError: the file is missing, is not YAML of plain values (``${...}`` is none), or has no such section, or
             an override is not of one of them.
     """
-    path = Path(path)
+    model = _section(Path(path), "model", overrides)
+    if not model:
+        raise ConfigError(f"{path}: has no section 'model'")
+    if not isinstance(model, dict):
+        raise ConfigError(f"{path}: 'model' is no section but {model!r}")
+    return {str(key): value for key, value in model.items()}
+
+
+def load_guidance(path: str | Path, overrides: Sequence[str] = ()) -> float | None:
+    """The scale of classifier-free guidance that a model's config recommends: ``scale`` of its section ``sampling``.
+
+    Published configs have no such section.
+
+    Args:
+        overrides: as in :func:`load_model_config`.
+
+    Raises:
+        ConfigError: as there, or the section holds anything but a number from 0 on.
+    """
+    sampling = _section(Path(path), "sampling", overrides)
+    if sampling is None:
+        return None
+    scale = sampling.get("scale") if isinstance(sampling, dict) and set(sampling) == {"scale"} else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+        raise ConfigError(f"{path}: 'sampling' holds 'scale' alone, a number from 0 on; here it is {sampling!r}")
+    return float(scale)
+
+
+def _section(path: Path, name: str, overrides: Sequence[str]) -> Any:
+    """Plain values of a section, changed by the overrides; None where there is none."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
         config = OmegaConf.create(read_yaml_text(path))
-        if not isinstance(config, DictConfig) or not config.get("model"):
-            raise ConfigError(f"{path}: has no section 'model'")
+        if not isinstance(config, DictConfig):
+            return None
         changes = OmegaConf.from_dotlist(list(overrides))
         for section in changes:
             if section not in config:
                 raise ConfigError(f"{path}: has no section {section!r} to override, only {', '.join(map(str, config))}")
         merged = OmegaConf.merge(config, changes)
         assert isinstance(merged, DictConfig)
-        if not isinstance(merged.model, DictConfig):
-            raise ConfigError(f"{path}: 'model' is no section but {merged.model!r}")
-        model = OmegaConf.to_container(merged.model)
-        assert isinstance(model, dict)
-        refuse_interpolations(model, "model")
+        section = merged.get(name)
+        if not isinstance(section, DictConfig):
+            return section
+        values = OmegaConf.to_container(section)
+        refuse_interpolations(values, name)
     except ConfigError:
         raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {reason(error)}") from None
-    return {str(key): value for key, value in model.items()}
+    return values

@@ -296,7 +296,7 @@ def make_model(args: argparse.Namespace) -> None:
             f"{args.folder}: n_classes is {classes} and use_ema {model.use_ema}; the bundle's model has one class more "
             f"than the {len(CLASSES)} groups, and its averages in place of weights"
         )
-    write_model(args, source, model)
+    write_model(args, source, model, BUNDLES["emoji64"].scale)
     facts = judge_first_stage(load_latent_diffusion(args.out, device=args.device), args, args.out)
     write_json(args.out / "first_stage.json", facts | {"environment": environment(args.device)})
 
@@ -319,9 +319,9 @@ def trained_model(folder: Path) -> tuple[Path, LatentDiffusion]:
     return source, model
 
 
-def write_model(args: argparse.Namespace, source: Path, model: LatentDiffusion) -> None:
-    """Weights in fp16, the config and the facts of the training."""
-    config = {"model": load_model_config(args.folder / "config.yaml")}
+def write_model(args: argparse.Namespace, source: Path, model: LatentDiffusion, scale: float) -> None:
+    """Weights in fp16, the config, which recommends the guidance ``scale``, and the facts of the training."""
+    config = {"model": load_model_config(args.folder / "config.yaml"), "sampling": {"scale": scale}}
     weights = weights_for_file(model, torch.float16)
     write_atomically(args.out / "model.safetensors", encode_weights(weights, weights_facts(source)))
     write_atomically(args.out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
@@ -463,7 +463,7 @@ def make_text_model(args: argparse.Namespace) -> None:
         known = KnownImages.load(args.out / NAMES, args.judges / SCORING[0])
     except ValueError as error:
         raise UserError(str(error)) from None
-    write_model(args, source, model)
+    write_model(args, source, model, BUNDLES["emoji-text"].scale)
     (args.out / TOKENIZER).mkdir(exist_ok=True)
     for name, content in tokenizer_files(args.folder / TOKENIZER).items():
         write_atomically(args.out / TOKENIZER / name, content)

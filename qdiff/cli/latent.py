@@ -24,7 +24,7 @@ from ldm.models.diffusion.sampling import sample_latents
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
 from ldm.pretrained import UNET, build_latent_diffusion, find_checkpoint, load_state
-from ldm.util import load_model_config
+from ldm.util import load_guidance, load_model_config
 from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, real, whole_numbers
 from qdiff.cli.sampling import plain
@@ -39,6 +39,7 @@ LAYER_KEYS = (
     *("resblock_updown", "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim"),
 )
 
+SCALE = 3.0  # of classifier-free guidance
 BATCH_SIZE = 10  # images at once, unless the command line says otherwise
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ def add_trajectory_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--scale",
         type=real(zero=True),
-        default=3.0,
         metavar="X",
-        help="class-conditional models: classifier-free guidance; 1 is none, and half the work",
+        help="class-conditional models: classifier-free guidance; 1 is none, and half the work [what the model's "
+        f"config recommends, else {SCALE}]",
     )
 
 
@@ -181,6 +182,7 @@ class LatentModel:
         """Everything but the weights."""
         self.config_path = config_path
         self.config = load_model_config(self.config_path, overrides)
+        self.guidance = load_guidance(self.config_path, overrides)
         self.name = self.checkpoint.absolute().parent.name
         with torch.device("meta"):
             try:
@@ -352,6 +354,11 @@ class LatentSampler:
         return diffusion
 
 
+def chosen_scale(args: argparse.Namespace, model: LatentModel, default: float) -> float:
+    """Of classifier-free guidance: the flag's, else what the model's config recommends, else the command's."""
+    return next(scale for scale in (args.scale, model.guidance, default) if scale is not None)
+
+
 def sampler_options(parser: Parser, args: argparse.Namespace, model: LatentModel) -> SamplerOptions:
     """The flags, checked against the model: more steps than its schedule has, classes that it has not."""
     train = model.diffusion.num_timesteps
@@ -365,6 +372,7 @@ def sampler_options(parser: Parser, args: argparse.Namespace, model: LatentModel
                 parser.error(f"{parser.flag(name)}: the model of {model.config_path} is unconditional; leave it out")
     method = "ddpm" if args.vanilla_sample else "dpm" if args.dpm else "ddim"
     labels = _labels(parser, args.class_labels, model)
+    args.scale = chosen_scale(args, model, SCALE)
     return SamplerOptions(method, args.custom_steps, args.eta, args.seed, labels, args.scale if labels else 1.0)
 
 

@@ -203,8 +203,6 @@ def check_kind_of_model(parser: Parser, args: argparse.Namespace) -> None:
         args.eta = 1.0 if kind == "latent" else 0.0
     if kind == "text":
         text.check_text_flags(parser, args, eta="eta")
-        if "scale" not in args.given:
-            args.scale = text.SCALE
     elif kind == "latent":
         latent.check_sampler_flags(parser, args)
     else:

@@ -18,7 +18,7 @@ from ldm.modules.encoders.modules import TextEncoder
 from ldm.pretrained import find_checkpoint
 from qdiff.cli.errors import UserError
 from qdiff.cli.flags import Parser, at_least, real
-from qdiff.cli.latent import LatentModel, LatentSampler, SamplerOptions
+from qdiff.cli.latent import LatentModel, LatentSampler, SamplerOptions, chosen_scale
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STABLE_DIFFUSION = ("configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt")
@@ -28,7 +28,7 @@ PLACES = {
     "models/ldm/text2img-large/model.ckpt": "model.ckpt of the LAION-400M model",
 }
 OTHER_NAMES = ("model.safetensors", "sd-v1-4.ckpt", "sd-v1-4.safetensors")
-SCALE = 7.5
+SCALE = 7.5  # of classifier-free guidance
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def add_guidance_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--scale",
         type=real(zero=True),
-        default=SCALE,
         metavar="X",
-        help="classifier-free guidance; 1 is none, and half the work",
+        help="classifier-free guidance; 1 is none, and half the work [what the model's config recommends, else "
+        f"{SCALE}]",
     )
 
 
@@ -300,6 +300,7 @@ def text_options(parser: Parser, args: argparse.Namespace, model: TextModel, *, 
             f"--ddim_steps {args.ddim_steps}: the schedule of {model.config_path} has {train}; use 1 to {train}"
         )
     method = "plms" if args.plms else "dpm" if args.dpm else "ddim"
+    args.scale = chosen_scale(args, model, SCALE)
     return SamplerOptions(method, args.ddim_steps, eta, args.seed, scale=args.scale)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ddim.config import ConfigError
 from ldm.modules.encoders.modules import ClassEmbedder
-from ldm.util import instantiate_from_config, load_model_config
+from ldm.util import instantiate_from_config, load_guidance, load_model_config
 
 EMBEDDER = "ldm.modules.encoders.modules.ClassEmbedder"
 
@@ -63,3 +63,24 @@ def test_unusable_files_are_named(tmp_path: Path, text: str) -> None:
         load_model_config(path)
     with pytest.raises(ConfigError, match="no such config file"):
         load_model_config(tmp_path / "other.yaml")
+
+
+def test_guidance_that_a_config_recommends(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {target: a.B}\nsampling: {scale: 2.5}\n")
+    assert load_guidance(path) == 2.5
+    assert load_guidance(path, ["sampling.scale=4"]) == 4.0
+    path.write_text("model: {target: a.B}\n")
+    assert load_guidance(path) is None
+    with pytest.raises(ConfigError, match="no section 'sampling'"):
+        load_guidance(path, ["sampling.scale=4"])
+
+
+@pytest.mark.parametrize(
+    "section", ["{scale: -1}", "{scale: .inf}", "{scale: .nan}", "{scale: yes}", "{steps: 5}", "3"]
+)
+def test_guidance_that_is_none(tmp_path, section: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: {{target: a.B}}\nsampling: {section}\n")
+    with pytest.raises(ConfigError, match="'sampling' holds 'scale' alone"):
+        load_guidance(path)

@@ -77,7 +77,7 @@ LATENT_DEFAULTS = {
     "--vanilla_sample": False,
     "--dpm": False,
     "--class_labels": None,
-    "--scale": 3.0,
+    "--scale": None,
     "--a_min_max": False,
     "--cond": False,
     "--logdir": "runs",

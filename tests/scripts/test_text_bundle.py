@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ldm.data.emoji import CLASSES, PROMPTS, EmojiImages, pack_split, split_file
 from ldm.data.emoji_list import base_of
 from ldm.pretrained import load_latent_diffusion
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, load_guidance
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import save_calibration_set
 from qdiff.checkpoint import read_info, save_packed
@@ -343,6 +343,10 @@ def test_the_demo_names_what_is_missing_before_anything_starts(bundle: TextBundl
 
 def test_the_bundle_stays_within_its_size() -> None:
     assert sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file()) <= prepare.LIMIT
+
+
+def test_the_bundled_config_recommends_the_guidance_of_the_tables() -> None:
+    assert load_guidance(BUNDLE / "config.yaml") == BUNDLES["emoji-text"].scale
 
 
 def test_bundled_names_and_tokenizer_belong_together() -> None:
