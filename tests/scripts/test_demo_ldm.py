@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qdiff.cli import make_calibration_data, sample_ldm
 from ldm.util import load_guidance
+from qdiff.cli import make_calibration_data, sample_ldm
 from qdiff.cli.bundles import BUNDLES
 
 from .conftest import load_script
