@@ -6,7 +6,7 @@ gradients are far below its smallest numbers. Powers of two, chosen on the devic
 bring each into range and are divided out exactly.
 
 Where the softmax map is quantized it must be a tensor, for some blocks a very large one: :func:`by_heads` keeps only a
-part of it at a time.
+part of it at a time. So it is where attention must not be fused, for the sake of the same bits every time.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that learning keeps whole
+LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that a calibration keeps whole
+PART_OF_MAP = 2**29  # what it keeps at a time of a larger one
 _in_half = contextvars.ContextVar("_in_half", default=False)
+_sparing = contextvars.ContextVar("_sparing", default=False)
+_unfused = contextvars.ContextVar("_unfused", default=False)
 # Largest gradient in float16. A key that all of 8192 positions attend to adds up to 65 536, where float16 ends.
 _LARGEST_GRADIENT = 3  # as a power of two
 
@@ -38,6 +42,23 @@ def half_precision(on: bool) -> Iterator[None]:
         _in_half.reset(token)
 
 
+@contextlib.contextmanager
+def sparing(*, unfused: bool = False) -> Iterator[None]:
+    """No large softmax map is kept whole inside the ``with`` block, with gradients or without.
+
+    Args:
+        unfused: :func:`attention` is not fused there either, because the gradients of fused attention are added up in
+            whatever order they come.
+    """
+    tokens = _sparing.set(True), _unfused.set(unfused)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
+            yield
+    finally:
+        _sparing.reset(tokens[0])
+        _unfused.reset(tokens[1])
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k / sqrt(K)) v for each head, without a map in memory.
 
@@ -48,6 +69,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         N x A x P x K.
     """
+    if not torch.compiler.is_compiling() and _unfused.get():
+        return by_heads(F.scaled_dot_product_attention, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if not (wanted and _in_half.get() and q.dtype is torch.float32):
         return F.scaled_dot_product_attention(q, k, v)
@@ -110,27 +133,44 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
     return x * first.exp2() * (exponent - first).exp2()
 
 
+def _spares(quantizer: nn.Module | None) -> bool:
+    if torch.compiler.is_compiling() or not _sparing.get():
+        return False
+    return quantizer is None or (getattr(quantizer, "ready", True) and not quantizer._forward_pre_hooks)
+
+
 def by_heads(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, *, map_values: int
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    map_values: int,
+    quantizer: nn.Module | None = None,
 ) -> Tensor:
-    """Attention with a map in memory, a group of heads at a time where gradients are wanted and the map is large.
+    """Attention with a map in memory, a group of heads at a time where the map is large.
 
     A group's map is computed again for its gradients and not kept: the same values, less memory, more time. Without
-    gradients all heads are computed at once, since what looks at a quantizer wants to see the whole map.
+    gradients the map is only divided while a calibration spares memory (:func:`sparing`).
 
     Args:
         attend: of the heads that it is given.
         q, k, v: axis 1 is that of the heads.
         map_values: of the map of all heads.
+        quantizer: of the map. Where something looks at what comes to it, or it sets itself, the map stays whole;
+            neither happens where gradients are wanted.
 
     Returns:
         What ``attend`` returns, whose axis 1 is that of the heads too.
     """
-    groups = -(-4 * map_values // LARGEST_MAP)
-    if groups <= 1 or not torch.is_grad_enabled():
+    learning = torch.is_grad_enabled()
+    if 4 * map_values <= LARGEST_MAP or not (learning or _spares(quantizer)):
         return attend(q, k, v)
-    size = max(1, q.shape[1] // groups)
+    heads = q.shape[1]
+    size = max(1, heads * PART_OF_MAP // (4 * map_values))
     parts = zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True)
+    if not learning:
+        return torch.cat([attend(*part) for part in parts], dim=1)
     # Nothing here is random, and a CUDA graph may not look at the state of the generator.
     again = (checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
     return torch.cat([*again], dim=1)

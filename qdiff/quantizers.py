@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qdiff.config import QuantizerConfig, RangeMethod
 
 RANGE_MOMENTUM = 0.95
 SEARCH_VALUES = 2**17  # of a whole set's values that an error search looks at
+_MOST_SHUFFLED = 2**24  # values of a sample
 SMALLEST_ALPHA = 1e-6  # still negative in float16, in which rounding variables may be stored
 
 
@@ -200,6 +202,17 @@ class TimedQuantizer(UniformAffineQuantizer):
         return f"{super().extra_repr()}, {self.clock.groups} groups of timesteps"
 
 
+@functools.lru_cache(maxsize=32)
+def _some_places(width: int, wanted: int) -> Tensor:
+    """Random ones, since a stride would meet edges only. Of a large map's values a few may be drawn twice: to shuffle
+    them all takes many seconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if width > _MOST_SHUFFLED:
+        return torch.randint(width, (wanted,), generator=generator)
+    return torch.randperm(width, generator=generator)[:wanted]
+
+
 class RangeObserver:
     """What reaches a quantizer in pieces, as much of it as its grid is found from.
 
@@ -234,8 +247,7 @@ class RangeObserver:
         if width <= wanted:
             return rows
         self._complete = False
-        places = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:wanted]  # a stride meets edges only
-        return rows[:, places.to(rows.device)]
+        return rows[:, _some_places(width, wanted).to(rows.device)]
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """``(delta, zero_point)``, each 0-dim."""

@@ -24,10 +24,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdiff import fused
-from qdiff.attention import half_precision
+from qdiff.attention import half_precision, sparing
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig
 from qdiff.graphs import recording, side_stream
@@ -127,7 +126,7 @@ def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *
         for layer in layers:
             layer.unbake()
             layer.learn_rounding()  # starts at the nearest
-        before = fixed_batch_loss(unit, data, p=2.0)
+        before = fixed_batch_loss(unit, data, p=2.0, batch_size=config.batch_size)
 
         def learner(rate: float) -> Learner:
             schedule = rounding_schedule(config, config.iters, rate, device_of(unit))
@@ -138,7 +137,7 @@ def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *
         def hard_loss() -> float:
             for layer in layers:
                 layer.bake()
-            return fixed_batch_loss(unit, data, p=2.0)
+            return fixed_batch_loss(unit, data, p=2.0, batch_size=config.batch_size)
 
         rate = config.weight_lr
         result = _learn(unit, data, config, learner, hard_loss, before, rate, config.iters, p=2.0, seed=seed)
@@ -150,7 +149,7 @@ def reconstruct_activations(unit: Unit, data: UnitData, config: CalibrationConfi
     started = _start(unit)
     with evaluating(unit.module), frozen_parameters(unit.module):
         unit.module.set_quant_state(True, True)
-        before = fixed_batch_loss(unit, data, p=config.p)
+        before = fixed_batch_loss(unit, data, p=config.p, batch_size=config.batch_size)
 
         def learner(rate: float) -> Learner:
             schedule = cosine_schedule(config.iters_a, rate, device_of(unit))
@@ -158,7 +157,7 @@ def reconstruct_activations(unit: Unit, data: UnitData, config: CalibrationConfi
             return make(unit.act_quantizers(), schedule)
 
         def loss() -> float:
-            return fixed_batch_loss(unit, data, p=config.p)
+            return fixed_batch_loss(unit, data, p=config.p, batch_size=config.batch_size)
 
         result = _learn(unit, data, config, learner, loss, before, config.lr, config.iters_a, p=config.p, seed=seed)
     return _report(unit, "activations", config.iters_a, before, result, started)
@@ -246,12 +245,19 @@ def _report(unit: Unit, phase: Phase, iterations: int, before: float, result: _R
 
 
 @torch.no_grad()
-def fixed_batch_loss(unit: Unit, data: UnitData, *, p: float) -> float:
-    """The reconstruction loss on evenly spaced samples of the set: the same ones before and after."""
+def fixed_batch_loss(unit: Unit, data: UnitData, *, p: float, batch_size: int = FIXED_BATCH) -> float:
+    """The reconstruction loss on evenly spaced samples of the set: the same ones before and after.
+
+    Args:
+        batch_size: samples at once.
+    """
     index = torch.linspace(0, len(data) - 1, min(FIXED_BATCH, len(data))).long()
-    inputs, target = data.rows(index, device_of(unit))
-    set_clock(unit, data, index)
-    return reconstruction_loss(unit.module(*inputs), target, p).item()
+    losses = []
+    for part in index.split(batch_size):
+        inputs, target = data.rows(part, device_of(unit))
+        set_clock(unit, data, part)
+        losses.append(reconstruction_loss(unit.module(*inputs), target, p) * (len(part) / len(index)))
+    return torch.stack(losses).sum().item()
 
 
 def set_clock(unit: Unit, data: UnitData, index: Tensor) -> None:
@@ -329,10 +335,13 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
     cudnn.deterministic = config.deterministic
     kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
     half = config.precision == "bf16" and config.engine != "eager"
-    # The gradients of fused attention are added up in whatever order they come.
-    attention = sdpa_kernel(SDPBackend.MATH) if config.deterministic else half_precision(cudnn.allow_tf32 and not half)
     try:
-        with kernels, attention, torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+        with (
+            kernels,
+            sparing(unfused=config.deterministic),
+            half_precision(cudnn.allow_tf32 and not half and not config.deterministic),
+            torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
+        ):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before

@@ -71,7 +71,8 @@ class QuantAttention2D(BaseQuantBlock, Attention):
             weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P (of q), P (of k)
             return self.act_quantizer_w(weights) @ v
 
-        return by_heads(summed, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
+        size = q[..., 0].numel() * k.shape[2]
+        return by_heads(summed, q, k, v, map_values=size, quantizer=self.act_quantizer_w)
 
 
 def _shortcuts(unet: Any) -> Iterator[tuple[str, int]]:

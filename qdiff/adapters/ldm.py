@@ -78,7 +78,8 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
             weights = sums["act_quantizer_w"]((q.transpose(2, 3) @ k).softmax(dim=3))  # N, A, P (of q), P (of k)
             return v @ weights.transpose(2, 3)
 
-        return by_heads(summed, q, k, v, map_values=q[:, :, 0].numel() * k.shape[3])
+        size = q[:, :, 0].numel() * k.shape[3]
+        return by_heads(summed, q, k, v, map_values=size, quantizer=self.attention_quantizers()["w"])
 
 
 class QuantCrossAttention(BaseQuantBlock, CrossAttention):
@@ -114,7 +115,8 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
             weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
             return self.act_quantizer_w(weights) @ v
 
-        return by_heads(summed, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
+        size = q[..., 0].numel() * k.shape[2]
+        return by_heads(summed, q, k, v, map_values=size, quantizer=self.act_quantizer_w)
 
 
 class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attention import AttentionBlock, CrossAttention
-from qdiff import attention
+from qdiff import attention, primitives
 from qdiff.act_ranges import find_act_ranges, update_running_ranges
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet
@@ -258,6 +259,7 @@ def test_large_maps_are_learned_from_by_parts(kind: str, grad_ckpt: bool, monkey
     assert heads > 1
     seen.clear()
     monkeypatch.setattr(attention, "LARGEST_MAP", 1)
+    monkeypatch.setattr(attention, "PART_OF_MAP", 1)
     parts = step_gradients(qnn, kind)
     assert set(seen) == {1}
     for path, gradient in whole.items():
@@ -266,6 +268,60 @@ def test_large_maps_are_learned_from_by_parts(kind: str, grad_ckpt: bool, monkey
     with torch.no_grad(), qnn.quant_state(True, True):
         qnn(*latent_inputs(kind, 2))
     assert max(seen) == heads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_maps_pass_by_parts_while_a_calibration_spares_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values; but what looks at a quantizer sees the whole map."""
+    qnn, seen = with_grids(kind), []
+    maps = [q for path, q in qnn.act_quantizers().items() if path.endswith("act_quantizer_w")]
+    plain = primitives.fake_quantize
+
+    def quantize(x: Tensor, *grid: Any) -> Tensor:
+        seen.append(x.shape)
+        return plain(x, *grid)
+
+    monkeypatch.setattr(primitives, "fake_quantize", quantize)
+    with torch.no_grad(), qnn.quant_state(True, True):
+        whole = qnn(*latent_inputs(kind, 2))
+        usual = len(seen)
+        monkeypatch.setattr(attention, "LARGEST_MAP", 1)
+        monkeypatch.setattr(attention, "PART_OF_MAP", 1)
+        with attention.sparing():
+            parts = qnn(*latent_inputs(kind, 2))
+            divided = len(seen) - usual
+            for quantizer in maps:
+                quantizer.register_forward_pre_hook(lambda module, args: None)
+            qnn(*latent_inputs(kind, 2))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert divided > usual
+    assert len(seen) - usual - divided == usual
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_that_is_not_fused_spares_memory_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As :mod:`qdiff.reconstruction` has it for the same bits every time: the same gradients, head by head."""
+    qnn, calls = with_grids(kind), []
+    plain = F.scaled_dot_product_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(q.shape[1])
+        return plain(q, k, v)
+
+    def gradient() -> Tensor:
+        x, *others = latent_inputs(kind, 2)
+        x.requires_grad_()
+        return torch.autograd.grad(qnn(x, *others).square().mean(), x)[0]
+
+    qnn.set_quant_state(True, False)
+    fused = gradient()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(attention, "LARGEST_MAP", 1)
+    monkeypatch.setattr(attention, "PART_OF_MAP", 1)
+    with attention.sparing(unfused=True):
+        unfused = gradient()
+    torch.testing.assert_close(unfused, fused, rtol=1e-3, atol=1e-6)
+    assert set(calls) == {1}
 
 
 # Calibrating, saving, sampling.
