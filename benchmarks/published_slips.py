@@ -95,6 +95,7 @@ def full_precision_inputs() -> Iterator[None]:
 
     with (
         mock.patch.object(PairedCapture, "targets", targets_and_inputs),
+        mock.patch.object(PairedCapture, "targets_from", lambda self, unit: self.targets(unit.stage)),
         mock.patch.object(PairedCapture, "inputs", full_inputs),
     ):
         yield

@@ -26,11 +26,12 @@ from qdiff.act_ranges import RANGE_CHUNK, find_act_ranges, range_rows, update_ru
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
-from qdiff.memory import MemoryBudget, gpu_limit, samples_at_once
+from qdiff.memory import MemoryBudget, gpu_limit, samples_at_once, sets_rounding_aside
 from qdiff.places import Collector
 from qdiff.primitives import reconstruction_loss
 from qdiff.progress import CalibrationProgress, FinishedUnit
 from qdiff.quant_model import QuantModel, Unit, evaluating
+from qdiff.quantizers import AdaRoundQuantizer
 from qdiff.reconstruction import (
     FIXED_BATCH,
     Phase,
@@ -118,6 +119,8 @@ def calibrate(
             _set_act_ranges(qnn, data, config, progress)
             if mode == "qdiff":
                 _reconstruct(qnn, data, config, "activations", tally, progress, budget)
+    for unit in qnn.units():
+        _move_rounding(unit, device)
     qnn.set_quant_state(True, quant_act)
     qnn.output_scale = None
     if config.correct_scale:
@@ -180,7 +183,16 @@ def _reconstruct(
         finished = there or next(learned)
         if there is None and progress is not None and WORKERS.rank == 0:
             progress.keep(unit, phase, number, finished)
+        if phase == "weights" and sets_rounding_aside(budget):
+            _move_rounding(unit, torch.device("cpu"))  # its weight is baked
         tally.add(finished, restored=there is not None)
+
+
+def _move_rounding(unit: Unit, device: torch.device) -> None:
+    for layer in unit.layers():
+        for quantizer, _ in layer.weight_quantizers():
+            if isinstance(quantizer, AdaRoundQuantizer):
+                quantizer.alpha.data = quantizer.alpha.data.to(device)
 
 
 def _learn(
@@ -227,7 +239,7 @@ def _unit_data(capture: PairedCapture, unit: Unit, targets: dict[str, Collector]
         targets: of the units of its stage, as far as they were not used yet; filled here when the first is wanted.
     """
     if unit.path not in targets:
-        targets.update(capture.targets(unit.stage))
+        targets.update(capture.targets_from(unit))
     return capture.data(unit, targets)
 
 

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.memory import Kept, MemoryBudget, MemoryPlan, Storage, connection_origins, learning_bytes, measure
+from qdiff.memory import (
+    Kept,
+    MemoryBudget,
+    MemoryPlan,
+    Storage,
+    connection_origins,
+    learning_bytes,
+    measure,
+    sets_rounding_aside,
+)
 from qdiff.places import Collector, Shelf, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
@@ -196,6 +205,13 @@ class Frontier:
         return collector
 
     @torch.no_grad()
+    def output(self, unit: Unit, collector: Collector) -> Collector:
+        """Collect what leaves a unit; its stage is run no further than that."""
+        for flow in self.flows:
+            self._reach(unit, flow, collector, behind=True)
+        return collector
+
+    @torch.no_grad()
     def advance(self, stage: Any, reached: tuple[Unit, Collector] | None = None) -> None:
         """Move the whole set through one stage.
 
@@ -213,14 +229,20 @@ class Frontier:
                 self._reach(unit, self._joined(moved, index, self._number + 1), collector)
         self._number += 1
 
-    def _reach(self, unit: Unit, flow: Any, collector: Collector) -> None:
-        """Run a chunk before the unit's stage up to the unit, and collect what comes there."""
+    def _reach(self, unit: Unit, flow: Any, collector: Collector, *, behind: bool = False) -> None:
+        """Run a chunk before the unit's stage up to the unit, and collect what comes there; or what leaves it."""
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             collector.add(args)
             raise _Reached
 
-        handle = unit.module.register_forward_pre_hook(stop)
+        def stop_behind(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            stop(module, (out,))
+
+        if behind:
+            handle = unit.module.register_forward_hook(stop_behind)
+        else:
+            handle = unit.module.register_forward_pre_hook(stop)
         try:
             self._moved(flow, unit.stage)
         except _Reached:
@@ -301,7 +323,7 @@ class PairedCapture:
             compact=compact,
             batch=batch,
             maps=act_quant or deterministic,
-            learning_bytes=learning_bytes(qnn, weights=not act_quant),
+            learning_bytes=learning_bytes(qnn, weights=not act_quant, variables_stay=not sets_rounding_aside(budget)),
             seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
         )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
@@ -364,6 +386,20 @@ class PairedCapture:
         self._make_room(self.memory.far_bytes(unit.path))
         self._reached[unit.path] = self._storage.collector(unit)
         return self._reached[unit.path]
+
+    def targets_from(self, unit: Unit) -> dict[str, Collector]:
+        """A unit's full-precision outputs, and those of all others of its stage where there is room for them.
+
+        To be asked for in the network's order, each unit's once.
+        """
+        units = [other for other in self.qnn.units_of(unit.stage) if self._wants(other)]
+        if self.memory.together([other.path for other in units]):
+            return self.targets(unit.stage)
+        with self.qnn.quant_state(False, False):
+            if unit != units[-1]:
+                return {unit.path: self._full.output(unit, self._storage.collector(unit))}
+            self._full_is_ahead = True
+            return self._full.outputs(unit.stage, [unit], self._storage.collector)
 
     def targets(self, stage: Any) -> dict[str, Collector]:
         """Full-precision outputs of all units of a stage, in one sweep. Can be asked for once."""

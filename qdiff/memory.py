@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qdiff.attention import LARGEST_MAP
+from qdiff.attention import LARGEST_MAP, PART_OF_MAP
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import Collector, Place, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
@@ -34,7 +34,9 @@ GIB = 2**30
 _WORKING_COPIES = 4  # of a chunk's largest tensor, in float32, that a forward pass holds at once
 _MAPS_AT_ONCE = 4 * GIB  # what maps may take while ranges are searched
 _LEARNING_COPIES = 6  # of a batch's attention map, that learning holds at once
-_SMALLEST_CHUNK, _LARGEST_BATCH = 4, 128
+_LEARNING_TENSORS = 16  # of the size of a unit's inputs and output, in float32, that learning holds of a sample
+_SMALLEST_CHUNK = 4
+_PASSING_SHARE = 8  # a pass takes no more than that part of the room, where more samples at once gain nothing
 _LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
 _MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
@@ -96,6 +98,11 @@ class MemoryBudget:
     pool: PinnedPool = field(default_factory=PinnedPool, compare=False, repr=False)
 
 
+def sets_rounding_aside(budget: MemoryBudget | None) -> bool:
+    """Whether the rounding variables of finished units wait on the host: each takes as much as its weight."""
+    return budget is not None and budget.gpu_bytes is not None
+
+
 @dataclass(frozen=True)
 class Boundary:
     """What waits before one stage of a network, in bytes a sample.
@@ -121,13 +128,14 @@ class Sizes:
         features: of one network's features between two stages, at their largest.
         units: of each unit's inputs and output, by path.
         boundaries: one before each stage.
-        attention_map: of the largest one, of all heads, in float32.
+        attention_map: of the largest one, of all heads, in float32; heads: how many these are.
     """
 
     features: int
     units: dict[str, int]
     boundaries: tuple[Boundary, ...] = ()
     attention_map: int = 0
+    heads: int = 1
 
 
 @torch.no_grad()
@@ -138,10 +146,10 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return x.numel() * (2 if compact and compactable(x) else x.element_size())
 
     units: dict[str, int] = {}
-    maps = [0]
+    maps = [(0, 1)]
 
     def attended(block: BaseQuantBlock, args: tuple[Tensor, ...]) -> None:
-        maps.append(4 * block.attention_map_values(*args))
+        maps.append((4 * block.attention_map_values(*args), getattr(block, "heads", 1)))
 
     def seen(path: str) -> Any:
         def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -166,20 +174,21 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     finally:
         for handle in handles:
             handle.remove()
-    return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries), max(maps))
+    return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries), *max(maps))
 
 
-def learning_bytes(qnn: QuantModel, *, weights: bool) -> int:
+def learning_bytes(qnn: QuantModel, *, weights: bool, variables_stay: bool = True) -> int:
     """What learning takes, beside the network: for all units what stays of it, for the largest what passes.
 
     Args:
         weights: their rounding is learned. A rounding variable and a finished weight stay of each, in float32; while a
             unit learns, variables have a start, a gradient and Adam's two means, and weights a soft value.
+        variables_stay: those of finished units stay on the device.
     """
     if not weights:
         return 0
     sizes = [sum(layer.weight.numel() for layer in unit.layers()) for unit in qnn.units()]
-    return 4 * (2 * sum(sizes) + 6 * max(sizes))
+    return 4 * ((1 + variables_stay) * sum(sizes) + 6 * max(sizes))
 
 
 def connection_origins(stages: Sequence[Any]) -> list[int | None]:
@@ -264,7 +273,8 @@ class MemoryPlan:
         host = _host_room(budget)
         gpu = 0
         if on_gpu:
-            work = _Work(largest * (2 if compact else 1), sizes.attention_map if maps else 0, batch, learning_bytes)
+            attention_map = sizes.attention_map if maps else 0
+            work = _Work(largest * (2 if compact else 1), attention_map, sizes.heads, batch, learning_bytes)
             gpu, chunk = _gpu_room(budget, device, work, min(chunk, rows))
         chunk = min(chunk, rows)
         unit = rows * largest
@@ -318,6 +328,11 @@ class MemoryPlan:
         if not self.on_gpu:
             return self.rows
         return min(self.rows, self.unit_gpu_bytes // max(1, self.sizes.units[path]))
+
+    def together(self, paths: Sequence[str]) -> bool:
+        """Whether there is room for the data of several units at once."""
+        size = self.rows * sum(self.sizes.units[path] for path in paths)
+        return len(paths) == 1 or size <= (self.unit_gpu_bytes if self.on_gpu else self.host_bytes // 2)
 
     def far_bytes(self, path: str) -> int:
         """What of a unit's data has no room where it computes."""
@@ -472,44 +487,49 @@ class _Work(NamedTuple):
 
     Attributes:
         unit: a unit's inputs and output, a sample, in float32.
-        attention_map: the largest one that is a tensor of its own, a sample.
+        attention_map: the largest one that is a tensor of its own, a sample; heads: whose maps it consists of.
         batch: samples that are learned from at once.
-        learning: what stays of it.
+        stays: of learning, to its end.
     """
 
     unit: int
     attention_map: int
+    heads: int
     batch: int
-    learning: int
+    stays: int
+
+    def map_at_once(self, samples: int) -> int:
+        """What of their attention map is in memory: see :func:`qdiff.attention.by_heads`."""
+        whole = self.attention_map * samples
+        return whole if whole <= LARGEST_MAP else max(PART_OF_MAP, whole // self.heads)
 
     def passing(self, chunk: int) -> int:
         """While ``chunk`` samples pass through a network."""
-        return _WORKING_COPIES * max(self.unit, self.attention_map) * chunk
+        return _WORKING_COPIES * max(self.unit * chunk, self.map_at_once(chunk))
 
-    def needed(self, chunk: int) -> int:
-        """Without which there is no beginning."""
-        return max(_WORKING_COPIES * self.unit * max(chunk, _LARGEST_BATCH), self.passing(chunk))
-
-    def wanted(self, chunk: int) -> int:
-        """With room for learning too."""
-        return max(self.needed(chunk), _LEARNING_COPIES * min(LARGEST_MAP, self.attention_map * self.batch))
+    @property
+    def learning(self) -> int:
+        """While a unit learns."""
+        return max(_LEARNING_TENSORS * self.unit * self.batch, _LEARNING_COPIES * self.map_at_once(self.batch))
 
 
 def _gpu_room(budget: MemoryBudget, device: torch.device, work: _Work, chunk: int) -> tuple[int, int]:
     """Bytes for captured data, beside what is there already and what computing takes, and samples at once."""
-    used = torch.cuda.memory_allocated(device) + work.learning
+    used = torch.cuda.memory_allocated(device) + work.stays
     free, _ = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - used
-    total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle - work.learning))
+    total = budget.gpu_bytes if budget.gpu_bytes is not None else used + int(GPU_SHARE * (free + idle - work.stays))
     room = total - used
-    while chunk > _SMALLEST_CHUNK and work.passing(chunk) > room // 2:
+    # Learning takes its part anyway; passes may take as much.
+    while chunk > _SMALLEST_CHUNK and work.passing(chunk) > max(room // _PASSING_SHARE, work.learning):
         chunk //= 2
-    if work.needed(chunk) > room:
+    needed = max(work.passing(chunk), work.learning)
+    if needed > room:
         raise BudgetError(
-            f"computing alone takes about {(used + work.needed(chunk)) / GIB:.1f} GiB of GPU memory, more than the "
+            f"computing alone takes about {(used + needed) / GIB:.1f} GiB of GPU memory, more than the "
             f"{total / GIB:.1f} GiB allowed; raise --cali_gpu_gb or lower --cali_batch_size"
         )
-    return max(0, room - work.wanted(chunk)), chunk
+    return room - needed, chunk
 
 
 def samples_at_once(qnn: QuantModel, sample: tuple[Tensor, ...], *, most: int) -> int:

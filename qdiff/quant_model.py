@@ -244,7 +244,8 @@ class QuantModel(nn.Module):
     def bake(self) -> None:
         """Compute every quantized weight once; forward passes then cost what full-precision ones do."""
         for layer in self.layers().values():
-            layer.bake()
+            if layer.baked_weight is None:
+                layer.bake()
 
     def weights_calibrated(self) -> bool:
         """Whether every weight has rounding variables."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qdiff.capture import PairedCapture
 from qdiff.checkpoint import load_quantized, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.inference import lower_precision
-from qdiff.memory import measure
+from qdiff.memory import MemoryBudget, MemoryPlan, measure
 from qdiff.progress import source_hashes
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QUANTIZABLE, SplitQuantModule
@@ -339,6 +340,25 @@ def output_error(qnn: QuantModel, kind: str) -> float:
         with qnn.quant_state(False, False):
             full = qnn(*inputs)
     return float((got - full).square().sum() / full.square().sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_come_one_by_one_where_there_is_no_room_for_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits; and rounding variables that waited on the host are back."""
+    few = dataclasses.replace(SHORT, iters=3, iters_a=2)
+    together, apart = wrapped(kind), wrapped(kind)
+    calibrate(together, calibration_set(kind), few)
+    asked = []
+
+    def never(plan: MemoryPlan, paths: Sequence[str]) -> bool:
+        asked.append(len(paths))
+        return len(paths) == 1
+
+    monkeypatch.setattr(MemoryPlan, "together", never)
+    calibrate(apart, calibration_set(kind), few, budget=MemoryBudget(gpu_bytes=2**40))
+    assert (max(asked) > 1) == (kind == "transformer")  # its stages have three units
+    for (name, one), (_, other) in zip(together.state_dict().items(), apart.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

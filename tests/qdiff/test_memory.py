@@ -53,7 +53,6 @@ def gpu(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7000)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
-    monkeypatch.setattr(memory, "_LARGEST_BATCH", 1)
     monkeypatch.setattr(memory, "_SMALLEST_CHUNK", 1)
 
 
@@ -78,7 +77,7 @@ def test_on_a_gpu_the_nearest_place_with_room() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_rows_on_the_host_need_room_beside_the_features() -> None:
-    budget = MemoryBudget(gpu_bytes=27_000, host_bytes=100_000 + 20 * 400)
+    budget = MemoryBudget(gpu_bytes=20_600, host_bytes=100_000 + 20 * 400)
     made = plan(budget, CUDA)
     assert made.largest_far == 20 * 400
     assert made.features == "host"
@@ -213,8 +212,8 @@ def test_connections_come_from_the_latest_stage_that_left_one() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_of_a_units_rows_as_many_are_near_as_fit() -> None:
     made = plan(MemoryBudget(gpu_bytes=27_000, host_bytes=10**6), CUDA)  # 20 000 beside what is in use
-    assert made.chunk == 5  # of 10, halved until 4 x 400 x 5 is less than a half
-    room = 20_000 - 4 * 400 * 5
+    assert made.chunk == 1  # of 10, halved until 4 x 400 x chunk is less than an eighth
+    room = 20_000 - 4 * 400
     assert made.gpu_rows("large") == room // 400
     assert made.gpu_rows("small") == ROWS
     assert "1 of 2 units wholly on the GPU" in str(made)
@@ -227,12 +226,30 @@ def test_what_learning_takes_is_set_aside() -> None:
     assert plan(budget, CUDA, learning_bytes=3000).unit_gpu_bytes == room - 3000
 
 
+@pytest.mark.usefixtures("gpu")
+def test_passes_may_take_what_learning_takes_anyway() -> None:
+    budget = MemoryBudget(gpu_bytes=27_000, host_bytes=10**6)
+    made = plan(budget, CUDA, batch=2)
+    assert made.chunk == 5  # 4 x 400 x 5 is less than the 16 x 400 x 2 of learning, 4 x 400 x 10 is not
+    assert made.unit_gpu_bytes == 20_000 - 16 * 400 * 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_units_of_a_stage_are_captured_together_where_they_fit() -> None:
+    made = plan(MemoryBudget(gpu_bytes=27_000, host_bytes=10**6), CUDA)
+    assert made.together(["small", "small"])
+    assert made.together(["large"])
+    assert not made.together(["large", "small"])
+
+
 def test_what_learning_takes() -> None:
     """Rounding variables and finished weights stay; both are there after a calibration and were not before."""
     qnn = wrapped(QuantConfig(4, split=True))
     numbers = [sum(layer.weight.numel() for layer in unit.layers()) for unit in qnn.units()]
     before = sum(p.numel() for p in qnn.parameters())
     assert memory.learning_bytes(qnn, weights=True) == 4 * (2 * sum(numbers) + 6 * max(numbers))
+    aside = memory.learning_bytes(qnn, weights=True, variables_stay=False)
+    assert aside == 4 * (sum(numbers) + 6 * max(numbers))
     assert memory.learning_bytes(qnn, weights=False) == 0
     calibrate(qnn, calibration_set(2), CalibrationConfig(iters=1, batch_size=2))
     modules = [layer for unit in qnn.units() for layer in unit.layers()]
@@ -302,22 +319,37 @@ def test_attention_maps_are_measured(side: int) -> None:
 def test_attention_maps_limit_how_many_samples_pass_at_once() -> None:
     sizes = dataclasses.replace(SIZES, attention_map=4000)
     made = MemoryPlan.make(sizes, ROWS, MemoryBudget(gpu_bytes=87_000), CUDA, chunk=10, compact=False, maps=True)
-    assert made.chunk == 2  # 4 x 4000 x 2 is less than half of 80 000
+    assert made.chunk == 1  # 4 x 4000 x 2 is more than an eighth of 80 000
     fused = MemoryPlan.make(sizes, ROWS, MemoryBudget(gpu_bytes=87_000), CUDA, chunk=10, compact=False)
-    assert fused.chunk == 10
+    assert fused.chunk == 5  # 4 x 400 x 5 is less
 
 
 @pytest.mark.usefixtures("gpu")
 def test_learning_from_attention_maps_leaves_less_room_for_data() -> None:
-    sizes = dataclasses.replace(SIZES, attention_map=100)
-    rooms = [
-        MemoryPlan.make(
-            sizes, ROWS, MemoryBudget(gpu_bytes=87_000), CUDA, chunk=10, compact=False, maps=True, batch=batch
-        ).unit_gpu_bytes
-        for batch in (1, 32, 1000)
-    ]
-    assert rooms[0] - rooms[1] == 6 * 100 * 32 - 4 * 400 * 10
-    assert rooms[2] == 0
+    sizes = dataclasses.replace(SIZES, attention_map=4000)
+
+    def room(batch: int) -> int:
+        budget = MemoryBudget(gpu_bytes=87_000)
+        made = MemoryPlan.make(sizes, ROWS, budget, CUDA, chunk=10, compact=False, maps=True, batch=batch)
+        return made.unit_gpu_bytes
+
+    assert room(1) == 80_000 - 6 * 4000
+    assert room(2) == 80_000 - 6 * 4000 * 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_of_a_large_map_only_a_part_takes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGEST_MAP", 4000)
+    monkeypatch.setattr(memory, "PART_OF_MAP", 1000)
+    sizes = dataclasses.replace(SIZES, attention_map=4000, heads=8)
+
+    def made(batch: int) -> MemoryPlan:
+        budget = MemoryBudget(gpu_bytes=87_000)
+        return MemoryPlan.make(sizes, ROWS, budget, CUDA, chunk=10, compact=False, maps=True, batch=batch)
+
+    assert made(1).chunk == 10  # 4 x 4000 x 10 / 8 is less than what learning takes
+    assert made(4).unit_gpu_bytes == 80_000 - 16 * 400 * 4
+    assert made(1).unit_gpu_bytes == 80_000 - 6 * 4000  # whole
 
 
 def test_ranges_are_searched_on_fewer_samples_at_once_where_maps_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
