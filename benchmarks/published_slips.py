@@ -190,7 +190,7 @@ CASES = (
 )
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--config", type=Path, required=True)
@@ -207,8 +207,11 @@ def main() -> None:
         "--bundle", type=Path, default=Path("models/pixel/fashion_mnist"), help="classifier, statistics"
     )
     parser.add_argument("--save", type=Path, help="folder for the checkpoint of each case")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = make_parser().parse_args()
     config = load_config(args.config)
     config.model.dropout, config.diffusion.beta_end = 0.1, 0.02  # those of the published result
     data = load_calibration_set(
@@ -220,6 +223,16 @@ def main() -> None:
     evaluation = load_file(args.folder / "evaluation.safetensors", device=args.device)
     held_out = HeldOutInputs(evaluation["x"], evaluation["t"], evaluation["full_precision"], ROWS_A_STEP)
     weights = {k: v.float() for k, v in load_file(args.folder / "model.safetensors").items()}
+
+    def with_weights(options: CalibrationConfig) -> QuantModel:
+        unet = UNet.from_config(config).eval()
+        unet.load_state_dict(weights)
+        qnn = QuantModel.from_config(unet.to(args.device), QuantConfig(4, 8, quant_act=False, split=True))
+        if args.weights is None:
+            calibrate(qnn, data, options)
+        else:
+            load_quantized(args.weights, qnn, quant_act=False)
+        return qnn
 
     shared: QuantModel | None = None
     for case in CASES:
@@ -233,45 +246,45 @@ def main() -> None:
             running_stat=case.running_stat,
             engine=case.engine,
         )
-        weight_config = QuantConfig(4, 8, quant_act=False, split=True)
         with case.slip():
-            if not case.shares_weights or shared is None:
-                unet = UNet.from_config(config).eval()
-                unet.load_state_dict(weights)
-                qnn = QuantModel.from_config(unet.to(args.device), weight_config)
-                if args.weights is None:
-                    calibrate(qnn, data, options)
-                else:
-                    load_quantized(args.weights, qnn, quant_act=False)
-                if case.shares_weights:
-                    shared = qnn
-            else:
-                qnn = shared
+            qnn = shared if case.shares_weights and shared is not None else with_weights(options)
+            if case.shares_weights:
+                shared = qnn
             weight_error = held_out.error(qnn)
-            act_config = QuantConfig(4, 8, True, case.a_sym, True, act_range=case.act_range)
-            qnn = with_activations(qnn, act_config)
+            qnn = with_activations(qnn, QuantConfig(4, 8, True, case.a_sym, True, act_range=case.act_range))
             calibrate(qnn, data, options, weights_done=True)
         seconds = time.perf_counter() - started
-        act_error = held_out.error(qnn)
-        frechet = {}
-        if args.frechet and case.name == "ours":
-            frechet = {"frechet_w4a8": score(qnn, config, args)}
-            qnn.set_quant_state(True, False)
-            frechet["frechet_w4a32"] = score(qnn, config, args)
-            qnn.set_quant_state(True, True)
-        result = {
-            "case": case.name,
-            "w4a32": round(weight_error.mean().item(), 5),
-            "w4a8": round(act_error.mean().item(), 5),
-            "last_steps_w4a32": [round(v, 4) for v in weight_error[-2:].tolist()],
-            "last_steps_w4a8": [round(v, 4) for v in act_error[-2:].tolist()],
-            "seconds": round(seconds, 1),
-            **frechet,
-        }
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result_of(case, qnn, weight_error, held_out.error(qnn), seconds, config, args)), flush=True)
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
             save_packed(args.save / f"{case.name.replace(' ', '_').replace(',', '')}.safetensors", qnn)
+
+
+def result_of(
+    case: Case,
+    qnn: QuantModel,
+    weight_error: Tensor,
+    act_error: Tensor,
+    seconds: float,
+    config: PixelConfig,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """A case's line: its output errors, and where asked for the distances of its samples."""
+    frechet = {}
+    if args.frechet and case.name == "ours":
+        frechet = {"frechet_w4a8": score(qnn, config, args)}
+        qnn.set_quant_state(True, False)
+        frechet["frechet_w4a32"] = score(qnn, config, args)
+        qnn.set_quant_state(True, True)
+    return {
+        "case": case.name,
+        "w4a32": round(weight_error.mean().item(), 5),
+        "w4a8": round(act_error.mean().item(), 5),
+        "last_steps_w4a32": [round(v, 4) for v in weight_error[-2:].tolist()],
+        "last_steps_w4a8": [round(v, 4) for v in act_error[-2:].tolist()],
+        "seconds": round(seconds, 1),
+        **frechet,
+    }
 
 
 def score(model: nn.Module, config: PixelConfig, args: argparse.Namespace) -> float:

@@ -338,6 +338,29 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
     """
     group = parser.add_argument_group("calibration", "not used when sampling from a calibrated checkpoint (--resume)")
     add_selection_flags(group, auto=True)
+    _add_learning_flags(group)
+    _add_range_flags(group, act_range=act_range, range_samples=range_samples)
+    _add_resource_flags(group)
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the loss and the rounding of every unit as curves to the run's folder tensorboard/",
+    )
+    group.add_argument(
+        "--correct_scale",
+        action="store_true",
+        help="measure at the end by which factor the quantized network's output is too large at each calibrated "
+        "timestep; the packed checkpoint records it, and sampling divides by it",
+    )
+    group.add_argument(
+        "--correct_mean",
+        action="store_true",
+        help="with --correct_scale: measure the mean error of every pixel too, which sampling subtracts",
+    )
+
+
+def _add_learning_flags(group: argparse._ArgumentGroup) -> None:
+    """The optimisation of a unit."""
     group.add_argument(
         "--cali_batch_size", type=at_least(1), default=32, metavar="N", help="samples in an optimisation step"
     )
@@ -363,6 +386,10 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
         metavar="X",
         help="how many times as often samples of the noisiest timestep are learned from as those of the cleanest",
     )
+
+
+def _add_range_flags(group: argparse._ArgumentGroup, *, act_range: bool, range_samples: int) -> None:
+    """The first activation ranges; arguments as of :func:`add_calibration_flags`."""
     if act_range:
         group.add_argument(
             "--act_range",
@@ -385,6 +412,10 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
     group.add_argument(
         "--rs_sm_only", action="store_true", help="with --running_stat: only for attention maps after softmax"
     )
+
+
+def _add_resource_flags(group: argparse._ArgumentGroup) -> None:
+    """With which arithmetic, and in how much memory."""
     group.add_argument(
         "--cali_precision",
         choices=CALI_PRECISIONS,
@@ -408,22 +439,6 @@ def add_calibration_flags(parser: Parser, *, act_range: bool = False, range_samp
         metavar="GB",
         help="host memory that the process may take; captured data for which there is no room are computed anew or lie "
         "in files [most of what is free]",
-    )
-    group.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="write the loss and the rounding of every unit as curves to the run's folder tensorboard/",
-    )
-    group.add_argument(
-        "--correct_scale",
-        action="store_true",
-        help="measure at the end by which factor the quantized network's output is too large at each calibrated "
-        "timestep; the packed checkpoint records it, and sampling divides by it",
-    )
-    group.add_argument(
-        "--correct_mean",
-        action="store_true",
-        help="with --correct_scale: measure the mean error of every pixel too, which sampling subtracts",
     )
 
 

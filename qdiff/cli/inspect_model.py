@@ -368,77 +368,10 @@ def facts(args: argparse.Namespace, subject: Subject, found: Found) -> dict[str,
 
 def sections(found: Found) -> list[pages.Section]:
     """The page's parts, in order."""
-    acts, sensitivities = found.activations, found.sensitivities
-    bands = pages.widest_swings(acts)
-    unlike = sorted(acts.shortcuts, key=lambda s: s.unlikeness, reverse=True)[: pages.SHORTCUTS]
-    parts = [
-        pages.Section(
-            "Ranges of activations by timestep",
-            "What reaches the layers of the full-precision network on its way from noise to image. One range for all "
-            "timesteps wastes steps of the grid where a layer's values shrink, and clips where they grow; calibration "
-            "data from one timestep show only one column of this.",
-            [
-                (pages.range_bands(acts, bands), f"The {len(bands)} layers whose range changes most."),
-                (pages.range_map(acts), "All layers: the width of the range at each timestep."),
-            ],
-        )
-    ]
-    if unlike:
-        parts.append(
-            pages.Section(
-                "Shortcuts over two features",
-                "On the way up, shortcuts see the decoder's feature and the encoder's glued together. Where the two "
-                "spread differently, one grid serves neither; --split gives each a grid of its own.",
-                [(pages.shortcut_modes(unlike), "The most unlike ones: inputs above, weights below.")],
-                ("shortcut", "decoder std", "encoder std", "wider by", "weight: decoder", "encoder"),
-                [
-                    (
-                        s.path,
-                        *(f"{float(v):.4g}" for v in (s.decoder.std(), s.encoder.std(), s.unlikeness)),
-                        *(f"{float(v):.4g}" for v in (s.decoder_weight.std(), s.encoder_weight.std())),
-                    )
-                    for s in sorted(acts.shortcuts, key=lambda s: s.unlikeness, reverse=True)
-                ],
-            )
-        )
-    parts += [
-        pages.Section(
-            "One layer quantized at a time",
-            "The squared error of the network's output as a share of its square, mean of the timesteps, when the "
-            "weight or the input of a single layer is quantized and everything else is in full precision. Layers of "
-            "a calibrated network learned to make up for those before them, so one alone can cost more than all "
-            "together. The table at the end of the page has all layers.",
-            [
-                (pages.sensitivity_bars(sensitivities), "The layers that cost most."),
-                (pages.sensitivity_order(sensitivities), "All of them."),
-            ],
-        ),
-        pages.Section(
-            "Errors along the trajectory",
-            "Each error is split into its mean over the samples (bias) and what differs from sample to sample "
-            "(variance). A bias can be measured and taken off the output, as --correct_mean does; variance cannot. "
-            "What so few samples would show as bias by chance is subtracted; a missing point is a bias too small to "
-            "see.",
-            [
-                (
-                    pages.error_curves(found.estimates, "estimate"),
-                    "The noise estimate, on inputs of full-precision trajectories.",
-                ),
-                (
-                    pages.error_curves(found.trajectories, "trajectory"),
-                    "The trajectory: its distance from the full-precision one of the same noise. 0 is the result.",
-                ),
-            ],
-            ("state", "timestep", "error", "bias", "variance", "output too large by"),
-            [
-                (name, f"{t:g}", *(f"{v:.3g}" for v in (bias + variance, bias, variance)), f"{scale - 1:+.2%}")
-                for name, errors in found.estimates.items()
-                for t, bias, variance, scale in zip(
-                    *(x.tolist() for x in (errors.timesteps, errors.bias, errors.variance, errors.scale)), strict=True
-                )
-            ],
-        ),
-    ]
+    parts = [range_section(found.activations)]
+    if found.activations.shortcuts:
+        parts.append(shortcut_section(found.activations))
+    parts += [sensitivity_section(found.sensitivities), error_section(found)]
     if found.losses:
         parts.append(
             pages.Section(
@@ -448,6 +381,85 @@ def sections(found: Found) -> list[pages.Section]:
             )
         )
     return [*parts, layer_section(found)]
+
+
+def range_section(acts: Activations) -> pages.Section:
+    """Activation ranges against the timestep."""
+    bands = pages.widest_swings(acts)
+    return pages.Section(
+        "Ranges of activations by timestep",
+        "What reaches the layers of the full-precision network on its way from noise to image. One range for all "
+        "timesteps wastes steps of the grid where a layer's values shrink, and clips where they grow; calibration "
+        "data from one timestep show only one column of this.",
+        [
+            (pages.range_bands(acts, bands), f"The {len(bands)} layers whose range changes most."),
+            (pages.range_map(acts), "All layers: the width of the range at each timestep."),
+        ],
+    )
+
+
+def shortcut_section(acts: Activations) -> pages.Section:
+    """The two halves of each shortcut."""
+    unlike = sorted(acts.shortcuts, key=lambda s: s.unlikeness, reverse=True)
+    return pages.Section(
+        "Shortcuts over two features",
+        "On the way up, shortcuts see the decoder's feature and the encoder's glued together. Where the two "
+        "spread differently, one grid serves neither; --split gives each a grid of its own.",
+        [(pages.shortcut_modes(unlike[: pages.SHORTCUTS]), "The most unlike ones: inputs above, weights below.")],
+        ("shortcut", "decoder std", "encoder std", "wider by", "weight: decoder", "encoder"),
+        [
+            (
+                s.path,
+                *(f"{float(v):.4g}" for v in (s.decoder.std(), s.encoder.std(), s.unlikeness)),
+                *(f"{float(v):.4g}" for v in (s.decoder_weight.std(), s.encoder_weight.std())),
+            )
+            for s in unlike
+        ],
+    )
+
+
+def sensitivity_section(sensitivities: Sequence[Sensitivity]) -> pages.Section:
+    """What each layer costs by itself."""
+    return pages.Section(
+        "One layer quantized at a time",
+        "The squared error of the network's output as a share of its square, mean of the timesteps, when the "
+        "weight or the input of a single layer is quantized and everything else is in full precision. Layers of "
+        "a calibrated network learned to make up for those before them, so one alone can cost more than all "
+        "together. The table at the end of the page has all layers.",
+        [
+            (pages.sensitivity_bars(sensitivities), "The layers that cost most."),
+            (pages.sensitivity_order(sensitivities), "All of them."),
+        ],
+    )
+
+
+def error_section(found: Found) -> pages.Section:
+    """Bias and variance of the estimate and of the trajectory."""
+    return pages.Section(
+        "Errors along the trajectory",
+        "Each error is split into its mean over the samples (bias) and what differs from sample to sample "
+        "(variance). A bias can be measured and taken off the output, as --correct_mean does; variance cannot. "
+        "What so few samples would show as bias by chance is subtracted; a missing point is a bias too small to "
+        "see.",
+        [
+            (
+                pages.error_curves(found.estimates, "estimate"),
+                "The noise estimate, on inputs of full-precision trajectories.",
+            ),
+            (
+                pages.error_curves(found.trajectories, "trajectory"),
+                "The trajectory: its distance from the full-precision one of the same noise. 0 is the result.",
+            ),
+        ],
+        ("state", "timestep", "error", "bias", "variance", "output too large by"),
+        [
+            (name, f"{t:g}", *(f"{v:.3g}" for v in (bias + variance, bias, variance)), f"{scale - 1:+.2%}")
+            for name, errors in found.estimates.items()
+            for t, bias, variance, scale in zip(
+                *(x.tolist() for x in (errors.timesteps, errors.bias, errors.variance, errors.scale)), strict=True
+            )
+        ],
+    )
 
 
 def layer_section(found: Found) -> pages.Section:

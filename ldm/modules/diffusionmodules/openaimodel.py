@@ -144,6 +144,7 @@ class UNetModel(StagedNetwork):
         ValueError: a configuration that no published model has and that would be computed wrongly.
     """
 
+    # Long, for its 26 published keywords and because both ways share the widths of the skips.
     def __init__(
         self,
         *,
