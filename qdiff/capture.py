@@ -41,6 +41,8 @@ class UnitData:
         target: its full-precision output, N x ...
         tail: the rows that follow these.
         pinned: they lie in host memory that a GPU can read by itself.
+        room: where the tail lies in a file, of every tensor the memory of these rows with a ring behind, to which the
+            tail's are read.
         t: the timestep of every row, for quantizers that depend on it.
     """
 
@@ -51,25 +53,29 @@ class UnitData:
         tail: UnitData | None = None,
         *,
         pinned: bool = False,
+        room: tuple[Tensor, ...] = (),
         t: Tensor | None = None,
     ):
-        self.inputs, self.target, self.tail, self.pinned, self.t = tuple(inputs), target, tail, pinned, t
+        self.inputs, self.target, self.tail, self.pinned = tuple(inputs), target, tail, pinned
+        self.room, self.t = room, t
 
     def __len__(self) -> int:
         return len(self.target) + (0 if self.tail is None else len(self.tail))
 
     def rows(self, index: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
         """A batch, the given rows of inputs and target, in float32 on ``device``."""
-        index = index.cpu()
-        pairs = zip((*self.inputs, self.target), self._tail_tensors(), strict=True)
-        direct = device.type == "cuda" and self.tail is not None and self.tail.pinned
-        *inputs, target = (_pick(head, tail, index, device, direct=direct) for head, tail in pairs)
+        index, parts = index.cpu(), list(self.parts())
+        direct = [device.type == "cuda" and part.pinned for part in parts]
+        tensors = zip(*((*part.inputs, part.target) for part in parts), strict=True)
+        *inputs, target = (_pick(pieces, index, device, direct) for pieces in tensors)
         return tuple(inputs), target
 
-    def _tail_tensors(self) -> tuple[Tensor | None, ...]:
-        if self.tail is None:
-            return (None,) * (len(self.inputs) + 1)
-        return (*self.tail.inputs, self.tail.target)
+    def parts(self) -> Iterator[UnitData]:
+        """This one, its tail, the tail of that, ..."""
+        part: UnitData | None = self
+        while part is not None:
+            yield part
+            part = part.tail
 
     def near(self, device: torch.device) -> UnitData:
         """The same on a GPU."""
@@ -77,22 +83,25 @@ class UnitData:
         return UnitData(tuple(x.to(device) for x in self.inputs), self.target.to(device), self.tail, t=t)
 
 
-def _pick(head: Tensor, tail: Tensor | None, index: Tensor, device: torch.device, *, direct: bool = False) -> Tensor:
-    """Rows of both parts together, on ``device``, in float32; ``direct``: the tail's one by one, not copied before."""
-    if tail is None or bool((index < len(head)).all()):
+def _pick(parts: Sequence[Tensor], index: Tensor, device: torch.device, direct: Sequence[bool]) -> Tensor:
+    """Rows of all parts together, on ``device``, in float32; ``direct``: a part's one by one, not copied before."""
+    head = parts[0]
+    if bool((index < len(head)).all()):
         rows = head.index_select(0, index.to(head.device)).to(device)
     else:
-        mine = index < len(head)
         shape = (len(index), *head.shape[1:])
         form = torch.channels_last if head.dim() == 4 and head.stride(1) == 1 else torch.contiguous_format
         rows = torch.empty(shape, dtype=head.dtype, device=device, memory_format=form)
-        for part, there, offset in ((head, mine, 0), (tail, ~mine, len(head))):
-            where = there.nonzero().squeeze(1)
-            if direct and part is tail:
-                for place, row in zip(where.tolist(), (index[where] - offset).tolist(), strict=True):
-                    rows[place].copy_(tail[row], non_blocking=True)  # in order with what reads it
+        offset = 0
+        for part, one_by_one in zip(parts, direct, strict=True):
+            where = ((index >= offset) & (index < offset + len(part))).nonzero().squeeze(1)
+            own = index[where] - offset
+            if one_by_one:
+                for place, row in zip(where.tolist(), own.tolist(), strict=True):
+                    rows[place].copy_(part[row], non_blocking=True)  # in order with what reads it
             else:
-                rows[where.to(device)] = part.index_select(0, (index[where] - offset).to(part.device)).to(device)
+                rows[where.to(device)] = part.index_select(0, own.to(part.device)).to(device)
+            offset += len(part)
     return rows.float() if rows.is_floating_point() else rows
 
 
@@ -423,10 +432,11 @@ class PairedCapture:
 
 def unit_data(inputs: Collector, target: Collector, t: Tensor | None = None) -> UnitData:
     """What two collectors hold, as one set, with the timesteps of its rows."""
-    heads, tails = inputs.parts()
-    (head,), target_tails = target.parts()
-    tail = UnitData(tails, target_tails[0], pinned=inputs.pinned) if len(target_tails[0]) else None
-    return UnitData(heads, head, tail, t=t)
+    x, y = inputs.parts(), target.parts()
+    filed = UnitData(x.filed, y.filed[0]) if len(y.filed[0]) else None
+    room = (*x.room, *y.room) if filed is not None else ()
+    far = UnitData(x.far, y.far[0], filed, pinned=True, room=room) if len(y.far[0]) or filed is not None else None
+    return UnitData(x.near, y.near[0], far, t=t)
 
 
 def observe_unit(
@@ -438,9 +448,8 @@ def observe_unit(
     rows = len(inputs[0])
     for stage in qnn.model.stages():
         if stage == unit.stage:
-            reached = frontier.inputs(unit, Collector(rows, rows, compact=False)).parts()[0]
-            return reached, frontier.outputs(stage, [unit], lambda _: Collector(rows, rows, compact=False))[
-                unit.path
-            ].parts()[0][0]
+            reached = frontier.inputs(unit, Collector(rows, rows, compact=False)).parts().near
+            left = frontier.outputs(stage, [unit], lambda _: Collector(rows, rows, compact=False))[unit.path]
+            return reached, left.parts().near[0]
         frontier.advance(stage)
     raise ValueError(f"{unit.path}: its stage is not one of this network's")

@@ -5,7 +5,7 @@ data*: its inputs and targets, of which every iteration takes a batch. A :class:
 near as a budget allows: all of them on the GPU or on the host; or on the host as far as there is room and the rest
 computed anew from the set whenever it is wanted, if that is quicker than a file; or in files. Of each unit's data as
 many rows stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads by
-itself while it computes, or in files mapped into memory.
+itself while it computes, and what does not fit there in files, from which they are read ahead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qdiff.attention import LARGEST_MAP, PART_OF_MAP
 from qdiff.pinned import ALIGNMENT, Arena
-from qdiff.places import Collector, Place, Shelf, compactable
+from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_model import QuantModel
 
@@ -227,6 +227,7 @@ class MemoryPlan:
         features: place of both networks' features; feature_bytes: what all of them take.
         unit_gpu_bytes: for one unit's data on the GPU; unit_host_bytes: in pinned memory.
         host_bytes: for both.
+        batch: samples that are learned from at once.
     """
 
     rows: int
@@ -239,6 +240,7 @@ class MemoryPlan:
     sizes: Sizes
     compact: bool
     on_gpu: bool
+    batch: int = 0
     budget: MemoryBudget = field(default_factory=MemoryBudget)
 
     @classmethod
@@ -291,6 +293,7 @@ class MemoryPlan:
                 sizes=sizes,
                 compact=compact,
                 on_gpu=on_gpu,
+                batch=batch,
                 budget=budget,
             )
 
@@ -320,6 +323,9 @@ class MemoryPlan:
         if self.on_gpu:
             resident = sum(rows == self.rows for rows in near)
             parts.append(f"data of {resident} of {len(near)} units wholly on the GPU, of the others in part")
+            filed = sum(self.gpu_rows(path) + self.pinned_rows(path) < self.rows for path in self.sizes.units)
+            if filed:
+                parts.append(f"{filed} of {len(near)} units partly in files")
         parts.append(f"the largest unit's take {largest:.2f} GiB")
         return "; ".join(parts)
 
@@ -344,12 +350,24 @@ class MemoryPlan:
     def _unit_on_host(self, path: str) -> int:
         if not self.on_gpu:
             return self.rows * self.sizes.units[path]
-        far = self.far_bytes(path)
-        return far if far <= self.unit_host_bytes else 0  # else in a file
+        ring = self.ring_rows if self.pinned_rows(path) < self.rows - self.gpu_rows(path) else 0
+        return (self.pinned_rows(path) + ring) * self.sizes.units[path]
+
+    @property
+    def ring_rows(self) -> int:
+        """Of a unit some of whose rows wait in a file: what is read ahead."""
+        return RING_STRETCHES * STRETCH * self.batch
+
+    def pinned_rows(self, path: str) -> int:
+        """How many of a unit's rows wait in pinned memory."""
+        size, far = self.sizes.units[path], self.rows - self.gpu_rows(path)
+        if far * size <= self.unit_host_bytes:
+            return far
+        return max(0, int(self.unit_host_bytes / _ARENA_SLACK) // size - self.ring_rows)
 
     @property
     def largest_far(self) -> int:
-        """Of all units that fit into host memory."""
+        """Of all units, what waits in host memory."""
         return max(map(self._unit_on_host, self.sizes.units), default=0)
 
     def kept(self) -> list[tuple[Kept, Kept]]:
@@ -462,7 +480,8 @@ class Storage:
             plan.rows,
             plan.gpu_rows(unit.path),
             compact=plan.compact,
-            pinned=plan.far_bytes(unit.path) <= plan.unit_host_bytes,
+            pinned=plan.pinned_rows(unit.path) if plan.on_gpu else None,
+            ring=plan.ring_rows,
             folder=plan.budget.folder,
             arena=self.arena,
         )

@@ -12,13 +12,16 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdiff import fused
 from qdiff.pinned import ALIGNMENT, Arena
+
+STRETCH = 10  # iterations whose rows are read from a file at once
+RING_STRETCHES = 3  # one that is computed with, the next one, and one that is being read
 
 Place = Literal["gpu", "host", "partly", "disk"]
 """Of features: all in one place, or on the host as far as there is room (and computed anew where not)."""
@@ -118,10 +121,16 @@ class _Layout:
 
     rows: int
     near: int
+    pinned: int
+    ring: int
     compact: bool
-    pinned: bool
     folder: Path | None
     arena: Arena | None
+
+    @property
+    def filed(self) -> int:
+        """Rows in a file."""
+        return self.rows - self.near - self.pinned
 
 
 class Collector:
@@ -130,8 +139,9 @@ class Collector:
     Args:
         rows: how many will come; near: how many of them stay on the device they come from.
         compact: in half precision.
-        pinned: the others in host memory, out of ``arena`` where they come from a GPU; otherwise in a file in
-            ``folder``.
+        pinned: how many of the others wait in host memory, out of ``arena`` where they come from a GPU; None for all.
+            The last ones wait in a file in ``folder``.
+        ring: room for so many rows behind the pinned ones, where some wait in a file: they are read to there.
     """
 
     def __init__(
@@ -140,12 +150,15 @@ class Collector:
         near: int,
         *,
         compact: bool,
-        pinned: bool = True,
+        pinned: int | None = None,
+        ring: int = 0,
         folder: Path | None = None,
         arena: Arena | None = None,
     ):
-        self.rows, self.pinned = rows, pinned
-        self._layout = _Layout(rows, near, compact, pinned, folder, arena)
+        self.rows = rows
+        near = min(near, rows)
+        pinned = rows - near if pinned is None else min(pinned, rows - near)
+        self._layout = _Layout(rows, near, pinned, ring, compact, folder, arena)
         self.filled = 0
         self._stores: list[_RowStore] = []
 
@@ -157,11 +170,25 @@ class Collector:
             store.write(self.filled, x)
         self.filled += len(tensors[0])
 
-    def parts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The near rows and the others, of every tensor."""
+    def parts(self) -> Rows:
+        """All rows, by where they lie."""
         if self.filled != self.rows:
             raise RuntimeError(f"{self.filled} of {self.rows} rows were collected")
-        return tuple(s.near() for s in self._stores), tuple(s.far() for s in self._stores)
+        return Rows(*(tuple(part) for part in zip(*(store.parts() for store in self._stores), strict=True)))
+
+
+class Rows(NamedTuple):
+    """Of every tensor of a collector.
+
+    Attributes:
+        near: on the device they came from; far: in host memory; filed: in a file.
+        room: the far ones with the ring behind them.
+    """
+
+    near: tuple[Tensor, ...]
+    far: tuple[Tensor, ...]
+    filed: tuple[Tensor, ...]
+    room: tuple[Tensor, ...]
 
 
 class _RowStore:
@@ -174,15 +201,16 @@ class _RowStore:
         self.dtype = torch.float16 if layout.compact and compactable(first) else first.dtype
         self.length = first[0].numel()
         self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
-        self.tail = self._far(layout.rows - layout.near)
+        self.room, self.file = self._far(), self._filed()
 
-    def _far(self, count: int) -> Tensor:
-        if count and not self.layout.pinned:
-            like = torch.empty(count, self.length, dtype=self.dtype, device="meta")
-            return mapped_empty(like, self.layout.folder)
-        if count and self.last:
-            return self._pinned(count)
-        return torch.empty(count, self.length, dtype=self.dtype)
+    def _far(self) -> Tensor:
+        count = self.layout.pinned + (self.layout.ring if self.layout.filed else 0)
+        return self._pinned(count) if count and self.last else torch.empty(count, self.length, dtype=self.dtype)
+
+    def _filed(self) -> Tensor:
+        count = self.layout.filed
+        like = torch.empty(count, self.length, dtype=self.dtype, device="meta" if count else "cpu")
+        return mapped_empty(like, self.layout.folder) if count else like
 
     def _pinned(self, count: int) -> Tensor:
         """Out of the arena; where its gaps are too small, memory of its own: the GPU has to reach it."""
@@ -202,23 +230,29 @@ class _RowStore:
                 rows = half
             else:
                 self._widen()
-        near = max(0, min(len(self.head) - start, len(rows)))
-        self.head[start : start + near].copy_(rows[:near])
-        offset = max(0, start - len(self.head))
-        self.tail[offset : offset + len(rows) - near].copy_(rows[near:])
+        first = 0  # of a part's rows
+        for part, length in self._parts():
+            begin, end = max(start, first), min(start + len(rows), first + length)
+            if begin < end:
+                part[begin - first : end - first].copy_(rows[begin - start : end - start])
+            first += length
+
+    def _parts(self) -> list[tuple[Tensor, int]]:
+        layout = self.layout
+        return [(self.head, layout.near), (self.room, layout.pinned), (self.file, layout.filed)]
 
     def _widen(self) -> None:
         """Values beyond half precision have come."""
         self.dtype = torch.float32
         self.head = self.head.float()
-        tail = self._far(len(self.tail))
-        self.tail = tail.copy_(self.tail)
+        room, file = self._far(), self._filed()
+        self.room, self.file = room.copy_(self.room), file.copy_(self.file)
 
-    def near(self) -> Tensor:
-        return self._shaped(self.head)
-
-    def far(self) -> Tensor:
-        return self._shaped(self.tail)
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As :class:`Rows` has them."""
+        far = self.room[: self.layout.pinned]
+        near, far, filed, room = (self._shaped(rows) for rows in (self.head, far, self.file, self.room))
+        return near, far, filed, room
 
     def _shaped(self, rows: Tensor) -> Tensor:
         return fused.from_rows(rows, self.shape) if self.last else rows.view(len(rows), *self.shape)

@@ -43,10 +43,12 @@ from qdiff.learners import (
     rounding_schedule,
 )
 from qdiff.memory import forget_host_peak, give_back_unused, host_peak_bytes
+from qdiff.places import STRETCH
 from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss, reconstruction_slope
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import Unit, evaluating, frozen_parameters
 from qdiff.quantizers import UniformAffineQuantizer
+from qdiff.read_ahead import ReadAhead
 from qdiff.workers import WORKERS
 
 Phase = Literal["weights", "activations"]
@@ -57,7 +59,7 @@ DIVERGED = 100.0  # times the loss of rounding to nearest (or of the first range
 RETRY_RATE = 0.1  # of the learning rate, the second time
 _WORTH_TUNING = 4000  # iterations from which trying all convolution algorithms is taken to pay
 _ALWAYS_TUNED = contextvars.ContextVar("_ALWAYS_TUNED", default=False)
-_UNROLL = 10  # iterations a CUDA graph
+_UNROLL = STRETCH  # iterations a CUDA graph
 _GRAPH_WARMUP = 3  # iterations before one is captured, for allocators and autotuning
 
 log = logging.getLogger(__name__)
@@ -400,16 +402,18 @@ class _Loop:
     def run(self) -> str:
         """All iterations. Returns what went wrong, empty where nothing did."""
         graphs = self.device.type == "cuda" and self.config.engine != "eager" and _Stage.serves(self.data, self.device)
-        # The method holds the stage, and with it the buffers that graphs read and write, as long as they are played.
-        advance = _Stage(self).recorded(self._looks()).advance if graphs else self._eagerly
-        done, started = 0, self._now()
-        for stop in self._looks():
-            advance(done, stop)
-            problem = self._look(done, stop)
-            if problem:
-                return problem
-            done = stop
-        self.seconds = self._now() - started
+        with contextlib.ExitStack() as held:
+            # The stage has the buffers that graphs read and write.
+            stage = held.enter_context(_Stage(self)) if graphs else None
+            advance = self._eagerly if stage is None else stage.recorded(self._looks()).advance
+            done, started = 0, self._now()
+            for stop in self._looks():
+                advance(done, stop)
+                problem = self._look(done, stop)
+                if problem:
+                    return problem
+                done = stop
+            self.seconds = self._now() - started
         return ""
 
     def _now(self) -> float:
@@ -473,7 +477,13 @@ class _Stage:
         batch = loop.draws.shape[1]
         self.kernels = fused.enabled(device)
         self.near = [fused.rows_view(x) for x in (*data.inputs, data.target)]
-        self.far = [] if data.tail is None else [fused.rows_view(x) for x in (*data.tail.inputs, data.tail.target)]
+        self.far: list[Tensor] = []
+        self.drawn, self.reader = loop.draws, None
+        if data.tail is not None:
+            self.far = [fused.rows_view(x) for x in data.tail.room or (*data.tail.inputs, data.tail.target)]
+            if data.tail.tail is not None:
+                self.reader = ReadAhead(data, loop.draws, mark=self._mark)
+                self.drawn = self.reader.draws.to(device)
         self.shapes = [tuple(x.shape[1:]) for x in data.inputs]
         floating = _dtype(loop.config)
 
@@ -490,9 +500,22 @@ class _Stage:
         # |difference|^p summed over channels, mean over everything else: as reconstruction_loss
         self.scale = data.target.shape[1] / (loop.batch * self.near[-1].shape[1])
 
+    def __enter__(self) -> _Stage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.reader is not None:
+            torch.cuda.synchronize(self.loop.device)  # nothing reads the ring any more
+            self.reader.close()
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.loop.device))
+        return event
+
     @staticmethod
     def serves(data: UnitData, device: torch.device) -> bool:
-        """Whether the GPU can reach all rows by itself."""
+        """Whether the GPU can reach all rows by itself, or in a ring to which they are read."""
         if any(x.device != device for x in (*data.inputs, data.target)):
             return False
         return data.tail is None or (data.tail.pinned and fused.enabled(device))
@@ -500,6 +523,8 @@ class _Stage:
     def recorded(self, looks: list[int]) -> _Stage:
         """Record graphs that lead from each of these iterations to the next."""
         loop, device = self.loop, self.loop.device
+        if self.reader is not None:
+            self.reader.need(1)
         side = side_stream(device, "recording")
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -524,10 +549,13 @@ class _Stage:
 
     def advance(self, start: int, stop: int) -> None:
         """Play iterations from one number to another."""
-        for _ in range((stop - start) // _UNROLL):
-            self.graphs[_UNROLL].replay()
-        if rest := (stop - start) % _UNROLL:
-            self.graphs[rest].replay()
+        for first in range(start, stop, _UNROLL):
+            count = min(_UNROLL, stop - first)
+            if self.reader is not None:
+                self.reader.need(first + count)  # the batch after the last one is fetched too
+            self.graphs[count].replay()
+            if self.reader is not None:
+                self.reader.played(first + count)
 
     def iterate(self, count: int) -> None:
         """Some iterations; no value is read back by the host, so they can be captured.
@@ -559,9 +587,7 @@ class _Stage:
                 from qdiff import triton_kernels
 
                 far = self.far[i] if self.far else None
-                triton_kernels.gather_rows(
-                    self.near[i], self.loop.draws, self.counter, buffers[i], far=far, ahead=ahead
-                )
+                triton_kernels.gather_rows(self.near[i], self.drawn, self.counter, buffers[i], far=far, ahead=ahead)
             else:
                 buffers[i].copy_(self.near[i].index_select(0, self._rows()))
 

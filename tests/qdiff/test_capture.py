@@ -46,9 +46,9 @@ def observed(qnn: QuantModel, inputs: tuple[Tensor, ...], chunk: int, weight: bo
 
 
 def rows(collector: Collector) -> tuple[Tensor, ...]:
-    near, far = collector.parts()
-    assert all(len(x) == 0 for x in far)
-    return near
+    parts = collector.parts()
+    assert all(len(x) == 0 for x in (*parts.far, *parts.filed))
+    return parts.near
 
 
 def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], path: str) -> None:
@@ -207,7 +207,7 @@ def test_what_is_computed_anew_is_what_was_kept(share: float) -> None:
     frontiers = Frontier(qnn, inputs, shelf=shelf, **options), Frontier(qnn, inputs, shelf=host, kept=some, **options)
 
     def found(collector: Collector) -> list[Tensor]:
-        return [*collector.parts()[0]]
+        return [*collector.parts().near]
 
     for stage in qnn.model.stages():
         units = qnn.units_of(stage)

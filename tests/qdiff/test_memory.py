@@ -149,12 +149,22 @@ def test_what_is_kept_where_there_is_little_room() -> None:
     assert made.passes() == pytest.approx((1 + 2 + 2 + 5) / 7)
 
 
-def test_a_unit_whose_rows_lie_in_a_file_takes_no_room() -> None:
+def test_rows_for_which_there_is_no_room_lie_in_a_file() -> None:
     made = route_plan(398)
-    assert made.kept()[1] == (Kept(True, (True,)), Kept(False, (False,)))
-    assert made.largest_far == 0
-    assert route_plan(400).kept()[1] == (Kept(False, (False,)),) * 2
+    assert made.pinned_rows("unit") == 3
+    assert made.largest_far == 300
+    assert made.kept()[1] == (Kept(False, (False,)),) * 2
+    assert route_plan(400).pinned_rows("unit") == 4
     assert route_plan(400).largest_far == 400
+    reading = dataclasses.replace(made, batch=2, unit_host_bytes=9 * 1000, rows=200)  # 194 rows are far
+    assert reading.ring_rows == 60
+    assert reading.pinned_rows("unit") == 83 - 60
+    assert reading.largest_far == 8300
+
+
+def test_plans_say_what_lies_in_files() -> None:
+    assert "1 of 1 units partly in files" in str(route_plan(398))
+    assert "file" not in str(route_plan(400))
 
 
 def test_pinned_memory_that_is_not_to_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,24 +411,26 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("near", [0, 1, 4, 5, 7])
-@pytest.mark.parametrize("pinned", [True, False])
-def test_collected_rows_lie_near_and_far(near: int, pinned: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pinned", [None, 0, 1, 2])
+def test_collected_rows_lie_near_and_far(near: int, pinned: int | None, tmp_path: Path) -> None:
     x, t = torch.randn(7, 2, 3, 3), torch.arange(7)
-    collector = Collector(7, near, compact=False, pinned=pinned, folder=tmp_path)
+    collector = Collector(7, near, compact=False, pinned=pinned, ring=5, folder=tmp_path)
     for part in (slice(0, 3), slice(3, 6), slice(6, 7)):
         collector.add((x[part], t[part]))
-    head, tail = collector.parts()
-    assert [len(rows) for rows in head] == [near, near]
-    for whole, first, rest in zip((x, t), head, tail, strict=True):
-        assert torch.equal(torch.cat([first, rest]), whole)
+    rows = collector.parts()
+    far = 7 - near if pinned is None else min(pinned, 7 - near)
+    assert [len(part[0]) for part in rows] == [near, far, 7 - near - far, far + (5 if near + far < 7 else 0)]
+    for number, whole in enumerate((x, t)):
+        assert torch.equal(torch.cat([part[number] for part in rows[:3]]), whole)
+        assert torch.equal(rows.room[number][:far], rows.far[number])
 
 
 def test_a_collector_widens_when_it_must() -> None:
-    collector = Collector(4, 3, compact=True)
+    collector = Collector(4, 2, compact=True, pinned=1)
     collector.add((torch.ones(2, 2),))
     collector.add((torch.tensor([[1e5, 2.0], [3.0, 4.0]]),))
-    (head,), (tail,) = collector.parts()
-    assert torch.cat([head, tail]).tolist() == [[1, 1], [1, 1], [1e5, 2], [3, 4]]
+    (near,), (far,), (filed,), _ = collector.parts()
+    assert torch.cat([near, far, filed]).tolist() == [[1, 1], [1, 1], [1e5, 2], [3, 4]]
 
 
 def test_missing_rows_are_noticed() -> None:

@@ -8,15 +8,18 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qdiff.capture import PairedCapture, UnitData
+from qdiff.capture import PairedCapture, UnitData, unit_data
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.learners import Schedule, rounding_schedule
+from qdiff.pinned import Arena
+from qdiff.places import RING_STRETCHES, STRETCH, Collector
 from qdiff.primitives import SMALLEST_DELTA
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, Unit
@@ -568,6 +571,36 @@ def test_graphs_learn_what_single_iterations_learn(phase: str) -> None:
     else:
         agreeing = [((graph[name] >= 0) == (alpha >= 0)).float().mean() for name, alpha in eager.items()]
         assert min(agreeing) > 0.98
+
+
+def in_three_places(data: UnitData, folder: Path, pinned: int) -> UnitData:
+    """A few rows on the GPU, some in pinned memory, the others in a file."""
+    near, ring = 5, RING_STRETCHES * STRETCH * FAST.batch_size
+    arena = Arena(2**26)
+    collectors = []
+    for tensors in (data.inputs, (data.target,)):
+        collector = Collector(len(data), near, compact=False, pinned=pinned, ring=ring, folder=folder, arena=arena)
+        collector.add(tuple(x.cuda() for x in tensors))
+        collectors.append(collector)
+    return unit_data(*collectors, data.t)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("pinned", [0, 4, 100])
+@pytest.mark.parametrize("phase", PHASES)
+def test_rows_of_a_file_are_read_ahead_of_the_graphs(phase: str, pinned: int, tmp_path: Path) -> None:
+    """Where rows lie changes nothing but time."""
+    results = []
+    for spread in (False, True):
+        qnn, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+        qnn.cuda()
+        data = in_three_places(data, tmp_path, pinned) if spread else data.near(torch.device("cuda"))
+        report = PHASES[phase][0](unit, data, changed(precision="fp32", deterministic=True), seed=0)
+        results.append((report.loss_after, [point.loss for point in report.trace]))
+    (near_loss, near_trace), (spread_loss, spread_trace) = results
+    assert spread_loss == pytest.approx(near_loss, rel=1e-3)
+    assert spread_trace == pytest.approx(near_trace, rel=1e-2)
 
 
 @pytest.mark.gpu
