@@ -185,10 +185,11 @@ def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: C
         if not isinstance(quantizer, TimedQuantizer) and (not config.rs_sm_only or path.endswith("act_quantizer_w"))
     ]
     handles = [quantizer.register_forward_pre_hook(_update_range) for quantizer in chosen]
+    device = next(qnn.parameters()).device
     try:
         with qnn.quant_state(True, True):
             for batch in zip(*(x.split(config.batch_size) for x in inputs), strict=True):
-                qnn(*batch)
+                qnn(*(x.to(device) for x in batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -41,7 +41,7 @@ from qdiff.reconstruction import (
     reconstruct_activations,
     reconstruct_weights,
 )
-from qdiff.scale_correction import fit_output_scale
+from qdiff.scale_correction import FIT_CHUNK, fit_output_scale
 from qdiff.workers import WORKERS
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,8 @@ def calibrate(
     qnn.output_scale = None
     if config.correct_scale:
         assert data is not None
-        qnn.output_scale = fit_output_scale(qnn, data, mean=config.correct_mean)
+        chunk = _samples_at_once(qnn, data, FIT_CHUNK)
+        qnn.output_scale = fit_output_scale(qnn, data, mean=config.correct_mean, chunk=chunk)
     return tally.reports
 
 
@@ -257,11 +258,14 @@ def _set_act_ranges(
     """The activation ranges before anything is learned: those that are there, or new ones."""
     if progress is not None and progress.restore_ranges(qnn):
         return
-    inputs = _on_device(data, qnn)
-    chunk = samples_at_once(qnn, tuple(x[:1] for x in inputs), most=RANGE_CHUNK)
-    find_act_ranges(qnn, inputs, range_rows(len(data.x), config), chunk=chunk)
+    rows: Tensor | None = range_rows(len(data.x), config)
+    if not qnn.timed_quantizers():  # others look at no more than these
+        inputs, rows = _on_device(tuple(x[rows] for x in data.inputs()), qnn), None
+    else:
+        inputs = _on_device(data.inputs(), qnn)
+    find_act_ranges(qnn, inputs, rows, chunk=_samples_at_once(qnn, data, RANGE_CHUNK))
     if config.running_stat:
-        update_running_ranges(qnn, inputs, config)
+        update_running_ranges(qnn, data.inputs(), config)
     if progress is not None and WORKERS.rank == 0:
         progress.keep_ranges(qnn)
 
@@ -271,6 +275,10 @@ def _unit_seed(seed: int, phase: Phase, number: int) -> int:
     return (seed * 1_000_003 + (number * 2 + (phase == "activations"))) % 2**63
 
 
-def _on_device(data: CalibrationSet, qnn: QuantModel) -> tuple[Tensor, ...]:
+def _on_device(inputs: tuple[Tensor, ...], qnn: QuantModel) -> tuple[Tensor, ...]:
     device = next(qnn.parameters()).device
-    return tuple(x.to(device) for x in data.inputs())
+    return tuple(x.to(device) for x in inputs)
+
+
+def _samples_at_once(qnn: QuantModel, data: CalibrationSet, most: int) -> int:
+    return samples_at_once(qnn, _on_device(tuple(x[:1] for x in data.inputs()), qnn), most=most)
