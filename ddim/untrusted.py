@@ -244,7 +244,7 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
         if not entries or not entries[0].filename.endswith(".npy"):
             raise UntrustedFileError("holds no array")
         for entry in entries:
-            _check_claimed(entry, os.stat(path).st_size)
+            check_claimed(entry, os.stat(path).st_size)
         opened.pop_all()
         return archive
 
@@ -282,7 +282,12 @@ def check_names(names: Iterator[str]) -> None:
             raise UntrustedFileError(f"has the member {_shown(name)}, a path that may lead elsewhere")
 
 
-def _check_claimed(entry: zipfile.ZipInfo, size: int) -> None:
+def check_claimed(entry: zipfile.ZipInfo, size: int) -> None:
+    """A member of an archive of so many bytes is not longer than what packs it can stand for.
+
+    Raises:
+        UntrustedFileError: it is, or packed in another way than by deflate.
+    """
     stored = entry.compress_type == zipfile.ZIP_STORED
     most = entry.compress_size * (1 if stored else DEFLATE_RATIO)
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
