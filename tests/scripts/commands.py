@@ -97,9 +97,13 @@ class Commands:
 
 
 @contextmanager
-def serving(command: str, folder: Path) -> Iterator[Commands]:
-    """Commands of ``qdiff.cli``; what the latest of them says is kept in ``folder``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+def serving(command: str, folder: Path, first: Path = REPOSITORY) -> Iterator[Commands]:
+    """Commands of ``qdiff.cli``; what the latest of them says is kept in ``folder``.
+
+    Args:
+        first: a folder of modules that are found before others, ``sitecustomize`` for one.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{first}{os.pathsep}{REPOSITORY}"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SERVER, command], env=environment, **pipes) as server:
         yield Commands(server, folder / "output")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -18,7 +20,9 @@ import pytest
 import torch
 
 from qdiff import progress as progress_module
+from qdiff.cli.run_folder import CONFIG_NAME
 from qdiff.cli.sample_ddim import main
+from qdiff.files import locked
 from qdiff.progress import CalibrationProgress
 
 from .commands import KILL_MOMENTS, REPOSITORY, Commands, serving, wait_for
@@ -341,6 +345,80 @@ def test_sigterm_to_the_script_while_sampling(miniature, tmp_path) -> None:
     assert words[:2] == ["python", "scripts/sample_diffusion_ddim.py"]
     assert words[-2:] == ["-l", str(folder)]
     assert not list(folder.glob("img/.*")), "half an image is left"
+
+
+# A clock that is set back.
+
+BACKWARDS = """
+import datetime, itertools, time
+calls = itertools.count()
+time.time = lambda: 1e9 - next(calls)
+time.time_ns = lambda: int(time.time() * 1e9)
+class Backwards(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(time.time(), tz)
+datetime.datetime = Backwards
+"""
+
+
+@pytest.fixture
+def backwards(tmp_path: Path) -> Iterator[Commands]:
+    """Commands whose clock goes back by a second whenever it is read, from September 2001 on, anew in each."""
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(BACKWARDS)
+    with serving("sample_ddim", tmp_path, first=tmp_path / "clock") as commands:
+        yield commands
+
+
+def times_in(log: Path) -> list[str]:
+    """Of its lines that begin with one."""
+    return re.findall(r"^(\d\d:\d\d:\d\d) ", log.read_text(), flags=re.MULTILINE)
+
+
+def test_a_clock_that_goes_back(miniature, backwards: Commands, uninterrupted: Path, tmp_path: Path) -> None:
+    """Killed while it calibrates, then going on before it began; another run begins at the same time as the first."""
+    out = tmp_path / "out"
+    backwards.start([*flags(miniature), "-l", str(out)])
+    wait_for(lambda: len(units(run_folder(out))) >= 5, backwards)
+    backwards.kill(signal.SIGKILL)
+    backwards.wait()
+    (folder,) = (out / "samples").iterdir()
+    assert folder.name.startswith("2001-09-0"), "the clock does not go back"
+    times = times_in(folder / "run.log")
+    assert len(set(times)) > 5
+    assert times == sorted(times, reverse=True)
+
+    backwards.start([*flags(miniature), "-l", str(folder)])
+    wait_for(lambda: "units are there" in backwards.said(), backwards)
+    with pytest.raises(BlockingIOError):  # so a second command is refused
+        locked(folder / CONFIG_NAME)
+    assert backwards.wait() == 0, backwards.said()
+    assert_finished_alike(folder, uninterrupted)
+    times = times_in(folder / "run.log")
+    assert sum(later > earlier for earlier, later in itertools.pairwise(times)) == 1  # where it went on
+
+    backwards.start([*flags(miniature), "-l", str(out)])
+    assert backwards.wait() == 0, backwards.said()
+    first, second = sorted((out / "samples").iterdir())
+    assert folder in (first, second)
+    for each in (first, second):
+        assert_finished_alike(each, uninterrupted)
+
+
+def test_sampling_while_the_clock_goes_back(miniature, backwards: Commands, tmp_path: Path) -> None:
+    argv = [*miniature.flags(), "--max_images", "12", "--batch_size", "1"]
+    main([*argv, "-l", str(tmp_path / "whole")])
+    whole, out = run_folder(tmp_path / "whole") / "img", tmp_path / "out"
+    backwards.start([*argv, "-l", str(out)])
+    wait_for(lambda: len(list(out.glob("samples/2001-*/img/0*.png"))) >= 4, backwards)
+    backwards.kill(signal.SIGKILL)
+    backwards.wait()
+    (folder,) = (out / "samples").iterdir()
+    backwards.start([*argv, "-l", str(folder)])
+    assert backwards.wait() == 0, backwards.said()
+    found = {path.name: path.read_bytes() for path in (folder / "img").iterdir()}
+    assert found == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
 # A full disk.
