@@ -69,7 +69,9 @@ def test_a_worker_that_dies(miniature: Miniature, tmp_path: Path) -> None:
         kill_a_worker(words, place, there + 4, victim=1 - moment % 2)
         (place,) = (tmp_path / "out" / "samples").iterdir()
         there = len(list((place / "img").glob("0*.png")))
-        assert there < count
+        assert there < count or moment
+        if there > count - 60:  # a fast machine: the next worker could be done before it is killed
+            break
     sample(*words, "-l", place, together=False)
     sample(*words, "-l", tmp_path / "whole", together=False)
     (whole,) = (tmp_path / "whole" / "samples").iterdir()
