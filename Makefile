@@ -43,9 +43,11 @@ test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		$(or $(PYTEST_ARGS),-n $(WORKERS) --maxprocesses 8 --dist loadfile)
 
-# The same tests, each loader with ten times as many broken files; see docs/reliability.md.
+# The same tests, more of each: see docs/reliability.md. The wheel is installed with all it needs, from pip's index.
 test-full: export FUZZ_CASES := 2000
-test-full: test  ## the tests with 2000 broken files a loader instead of 200
+test-full: export KILL_MOMENTS := 10
+test-full: export INSTALL_WHEEL := 1
+test-full: test  ## the tests with 2000 broken files a loader, 10 kills a command, and the wheel in an empty environment
 
 lint: $(READY)  ## check style, formatting and types, change nothing
 	$(BIN)/ruff check .

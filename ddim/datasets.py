@@ -6,11 +6,12 @@ Every data set gives pairs (image: C x H x W float32 in [0, 1], label: int) at t
 
 from __future__ import annotations
 
+import io
 import math
-import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from ddim.config import DataConfig
-from ddim.tensor_archive import refuse_code
 from ddim.untrusted import DEFLATE_RATIO, UntrustedFileError, gunzip, read_image
 
 Item = TypeVar("Item", covariant=True)
@@ -106,18 +106,31 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         return _square(image, self.image_size), 0
 
 
-class _Adapted(Dataset[tuple[Tensor, int]]):
-    """A torchvision data set of PIL images of any size."""
+class LmdbImages(Dataset[tuple[Tensor, int]]):
+    """The images of an LMDB in the order of its keys: cut to the central square, resized, label 0.
 
-    def __init__(self, images: Indexed[tuple[Image.Image, int]], image_size: int, channels: int):
-        self.source, self.image_size, self.mode = images, image_size, _pillow_mode(channels)
+    The keys are read anew each time. torchvision's class for LSUN keeps them in a pickle in the working folder, which
+    it takes from there again whatever made it, and for another database whose path has the same letters.
+    """
+
+    def __init__(self, path: Path, image_size: int, channels: int):
+        self.path, self.image_size, self.mode = path, image_size, _pillow_mode(channels)
+        self._store = open_lmdb(path)
+        with self._store.begin() as transaction:
+            self.keys = list(transaction.cursor().iternext(keys=True, values=False))
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.source[index]
-        return _square(image.convert(self.mode), self.image_size), int(label)
+        key = self.keys[index]
+        with self._store.begin() as transaction:
+            value = transaction.get(key)
+        try:
+            image = read_image(io.BytesIO(value), self.mode)
+        except UntrustedFileError as error:
+            raise DatasetUnavailable(f"{self.path}, key {key.decode('ascii', 'replace')}: {error}") from None
+        return _square(image, self.image_size), 0
 
 
 class _Flipped(Dataset[tuple[Tensor, int]]):
@@ -181,22 +194,36 @@ def _open_lsun(config: DataConfig, root: Path, train: bool, download: bool) -> I
         raise DatasetUnavailable(
             f"{root / f'{name}_lmdb'}: no such folder; download and unpack the LSUN archive of {config.category} there"
         )
-    _check_cache(f"{root}/{name}_lmdb")
+    return LmdbImages(root / f"{name}_lmdb", config.image_size, config.channels)
+
+
+_stores: WeakValueDictionary[Path, Any] = WeakValueDictionary()
+
+
+def open_lmdb(path: Path) -> Any:
+    """An LMDB (``lmdb.Environment``) to read from.
+
+    A process opens a folder only once, so all that ask for it share it, for as long as one of them keeps it.
+
+    Raises:
+        DatasetUnavailable: it is no LMDB, or the package is missing.
+    """
     try:
-        source = torchvision.datasets.LSUN(str(root), classes=[name])
+        import lmdb
     except ImportError:
-        raise DatasetUnavailable("reading LSUN needs the package lmdb: pip install lmdb") from None
-    return _Adapted(source, config.image_size, config.channels)
-
-
-def _check_cache(database: str) -> None:
-    """torchvision pickles the list of an LSUN database's keys into the working folder, and unpickles it from there."""
-    path = Path("_cache_" + "".join(c for c in database if c in string.ascii_letters))
-    if path.is_file():
+        raise DatasetUnavailable(
+            f"{path}: reading an LMDB needs the package lmdb: pip install lmdb, or install this project with the extra "
+            "`evaluate`"
+        ) from None
+    path = path.resolve()
+    store = _stores.get(path)
+    if store is None:
         try:
-            refuse_code(path)
-        except UntrustedFileError as error:
-            raise DatasetUnavailable(f"{path.absolute()}: {error}; remove it, and it is made again") from None
+            store = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+        except lmdb.Error as error:
+            raise DatasetUnavailable(f"{path}: not an LMDB that can be read ({error})") from None
+        _stores[path] = store
+    return store
 
 
 def _open_folder(config: DataConfig, root: Path, train: bool, download: bool) -> ImageData:

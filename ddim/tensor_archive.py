@@ -90,23 +90,6 @@ def load_archive(path: str | Path, *, inert: tuple[str, ...] = (), repeated_rows
         raise UntrustedFileError(f"truncated or damaged ({reason(error)})") from None
 
 
-def refuse_code(path: str | Path) -> None:
-    """Whether another library may unpickle a file: it holds plain values only, and names nothing.
-
-    Raises:
-        CodeInFileError: it does.
-        UntrustedFileError: it is no pickle.
-    """
-    try:
-        for operation, _, _ in pickletools.genops(Path(path).read_bytes()):
-            if operation.name in (*_CODE, "GLOBAL", "REDUCE", "NEWOBJ", "BUILD"):
-                raise CodeInFileError()
-    except UntrustedFileError:
-        raise
-    except Exception as error:  # pickletools meets garbage with many kinds of exceptions
-        raise UntrustedFileError(f"not a pickle ({reason(error)})") from None
-
-
 class _Inert:
     """Stands for a class of the trainer: takes what the file says about an object of it and keeps nothing."""
 

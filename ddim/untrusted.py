@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 MAX_JSON_BYTES = 4 << 20  # of a header or a file of facts; a thousand tensors take a hundredth of a megabyte
-MAX_YAML_BYTES, MAX_YAML_NODES, MAX_YAML_DEPTH = 16 << 20, 100_000, 50
+MAX_YAML_BYTES, MAX_YAML_NODES = 16 << 20, 100_000
+MAX_DEPTH = 50  # of values within values, in JSON and YAML; what goes through them may call itself
 MAX_SCALAR = 4000  # characters of a number; above this Python refuses to convert it
 DEFLATE_RATIO = 1032  # the most bytes that one byte of deflate can stand for
 SMALL_PICTURE = 1 << 24  # pixels that may be claimed by however few bytes
@@ -69,11 +71,18 @@ def parse_json(text: str | bytes) -> Any:
         UntrustedFileError: it is something else, or nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise UntrustedFileError("nested too deeply") from None
     except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
         raise UntrustedFileError(reason(error)) from None
+    level = [content] if isinstance(content, dict | list) else []  # of one depth
+    for _ in range(MAX_DEPTH):
+        inner = itertools.chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for value in inner if isinstance(value, dict | list)]
+        if not level:
+            return content
+    raise UntrustedFileError("nested too deeply")
 
 
 def read_json(path: str | Path) -> Any:
@@ -153,10 +162,8 @@ class _CheckedLoader(yaml.SafeLoader):
         if getattr(event, "tag", None) not in (None, "!"):
             raise UntrustedFileError(f"has the tag {_shown(event.tag)}; only plain values are read")
         self._nodes, self._depth = self._nodes + 1, self._depth + 1
-        if self._nodes > MAX_YAML_NODES or self._depth > MAX_YAML_DEPTH:
-            raise UntrustedFileError(
-                f"has more than {MAX_YAML_NODES} values, or they lie more than {MAX_YAML_DEPTH} deep"
-            )
+        if self._nodes > MAX_YAML_NODES or self._depth > MAX_DEPTH:
+            raise UntrustedFileError(f"has more than {MAX_YAML_NODES} values, or they lie more than {MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.MappingNode):
@@ -244,7 +251,7 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
         if not entries or not entries[0].filename.endswith(".npy"):
             raise UntrustedFileError("holds no array")
         for entry in entries:
-            _check_claimed(entry, os.stat(path).st_size)
+            check_claimed(entry, os.stat(path).st_size)
         opened.pop_all()
         return archive
 
@@ -282,7 +289,12 @@ def check_names(names: Iterator[str]) -> None:
             raise UntrustedFileError(f"has the member {_shown(name)}, a path that may lead elsewhere")
 
 
-def _check_claimed(entry: zipfile.ZipInfo, size: int) -> None:
+def check_claimed(entry: zipfile.ZipInfo, size: int) -> None:
+    """A member of an archive of so many bytes is not longer than what packs it can stand for.
+
+    Raises:
+        UntrustedFileError: it is, or packed in another way than by deflate.
+    """
     stored = entry.compress_type == zipfile.ZIP_STORED
     most = entry.compress_size * (1 if stored else DEFLATE_RATIO)
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

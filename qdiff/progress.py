@@ -387,8 +387,9 @@ def _text_hash(text: str) -> str:
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Facts within facts, told by their path: ``a.b.c`` -> value."""
+    """Facts within facts, told by their path: ``a.b.c`` -> value. Where there are none they are a value themselves."""
     found: dict[str, Any] = {}
     for key, value in facts.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found

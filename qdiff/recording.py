@@ -201,12 +201,12 @@ class Recording:
         identity = json.loads(json.dumps(identity))  # as it is read back: lists for tuples
         self._lock_out_others()
         before = None if anew else self._manifest()
-        if before is not None and any(self.done()):
+        if before is not None:
             _check_same(self.folder, before["identity"], identity)
             for name, value in rounded_by.items():
-                was = before["rounded_by"].get(name)
-                if was != value:
-                    log.warning("%s: %s is %s, was %s: the rest has other last digits", self.folder, name, value, was)
+                now, was = _short(value), _short(before["rounded_by"].get(name))
+                if was != now:
+                    log.warning("%s: %s is %s, was %s: the rest has other last digits", self.folder, name, now, was)
             self._check_whole()
             self._check_room()
             return
@@ -244,24 +244,37 @@ class Recording:
             self._lock = None
 
     def _manifest(self) -> dict[str, Any] | None:
-        """None where there is none, or the folder is not complete."""
+        """None where there is none, the folder is not complete, or no sample is done: nothing is lost then.
+
+        Raises:
+            ProgressError: samples are done, but of which set cannot be read.
+        """
+        there = all(path.is_file() for path in (self.folder / MANIFEST, self.file.path, self.folder / DONE))
+        if not there or not any(self.done()):
+            return None
+        trouble = "it is no manifest"
         try:
             content = read_json(self.folder / MANIFEST)
-        except (FileNotFoundError, NotADirectoryError, UntrustedFileError):
-            return None
-        there = self.file.path.is_file() and (self.folder / DONE).is_file()
-        facts = content if isinstance(content, dict) else {}
-        return facts if there and all(isinstance(facts.get(key), dict) for key in ("identity", "rounded_by")) else None
+        except UntrustedFileError as error:
+            content, trouble = None, str(error)
+        facts: dict[str, Any] = content if isinstance(content, dict) else {}
+        if not all(isinstance(facts.get(key), dict) for key in ("identity", "rounded_by")):
+            raise self._damaged(self.folder / MANIFEST, trouble)
+        return facts
 
     def _check_whole(self) -> None:
-        """What an interrupted command left has the lengths that it was made with."""
+        """What an interrupted command left has the lengths that it was made with, and marks that are marks."""
         for path, length in ((self.folder / DONE, self.layout.n_samples), (self.file.path, self.file.size)):
             found = path.stat().st_size
             if found != length:
-                raise ProgressError(
-                    f"{path}: damaged: it has {found} bytes instead of {length}; start anew: remove {self.folder}, "
-                    "which make_calibration_data.py --force does"
-                )
+                raise self._damaged(path, f"it has {found} bytes instead of {length}")
+        if self.done().translate(None, b"\0\1"):
+            raise self._damaged(self.folder / DONE, "it has other bytes than 0 and 1")
+
+    def _damaged(self, path: Path, trouble: str) -> ProgressError:
+        return ProgressError(
+            f"{path}: damaged: {trouble}; start anew: remove {self.folder}, which make_calibration_data.py --force does"
+        )
 
     def _remove(self) -> None:
         """Delete the folder if it is one of ours, and nothing else that may have its name."""

@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib.util
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -277,21 +278,63 @@ def test_qdiff_imports_only_downwards() -> None:
 # ---- the package -------------------------------------------------------------------------------------------
 
 
-def test_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
+@pytest.fixture(scope="module")
+def wheel_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a wheel is built of, and what must not get into one."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in (*PACKAGES, "configs", "scripts", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    return source
 
+
+@pytest.fixture(scope="module")
+def wheel(wheel_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     # In this environment's own setuptools: a build environment would have to be downloaded.
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*build, "--wheel-dir", tmp_path, source], capture_output=True, text=True, check=False)
+    done = subprocess.run([*build, "--wheel-dir", folder, wheel_source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
 
-    (wheel,) = tmp_path.glob("*.whl")
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path, wheel_source: Path) -> None:
     assert wheel.name.startswith(f"qdiff-{__version__}-py3-none-any")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {str(p.relative_to(source)) for package in PACKAGES for p in (source / package).rglob("*.py")}
+    expected = {
+        str(p.relative_to(wheel_source)) for package in PACKAGES for p in (wheel_source / package).rglob("*.py")
+    }
     assert packed == expected
+
+
+@pytest.mark.skipif("INSTALL_WHEEL" not in os.environ, reason="make test-full installs the wheel, torch and all")
+@pytest.mark.timeout(3600)
+def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """Every command starts there, far from the repository, and one does its work as it does here."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(*words: object, **changes: str) -> str:
+        command = list(map(str, words))
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | changes, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    bin_folder = tmp_path / "venv" / "bin"
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(bin_folder / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
+    assert Path(run(bin_folder / "python", "-c", "print(__import__('qdiff').__file__)")).is_relative_to(tmp_path)
+    for command in PROJECT["scripts"]:
+        assert run(bin_folder / command, "--help").startswith("usage: ")
+
+    cifar10 = ["--config", ROOT / "configs" / "cifar10.yml", "--weight_bit", "4"]
+    here = run(sys.executable, ROOT / "scripts" / "model_stats.py", *cifar10, PYTHONPATH=str(ROOT))
+    assert run(bin_folder / "qdiff-stats", *cifar10) == here
+
+    weights = ROOT / "models" / "pixel" / "fashion_mnist" / "model.safetensors"
+    bundled = ["--config", ROOT / "configs" / "fashion_mnist.yml", "--ckpt", weights, "--device", "cpu"]
+    run(bin_folder / "qdiff-sample-ddim", *bundled, "--timesteps", 2, "--max_images", 1, "-l", "out")
+    assert len(list(tmp_path.glob("out/samples/*/img/000000.png"))) == 1

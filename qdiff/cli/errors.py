@@ -81,6 +81,15 @@ def exit_on_error(program: str, *, verbose: bool = False) -> Iterator[None]:
             message = explain_os_error(error) if isinstance(error, OSError) else str(error)
             print(f"{program}: error: {message}{_how_to_go_on(error)}", file=sys.stderr)
             raise SystemExit(STATUS_WRONG_INPUT) from None
+        except RuntimeError as error:
+            full = _memory_that_ran_out(error)
+            if full is None:
+                raise
+            if verbose:
+                traceback.print_exc()
+            remedy = "end what else runs there, or use another --device"
+            print(f"{program}: error: out of {full}; {remedy}{_how_to_go_on(error)}", file=sys.stderr)
+            raise SystemExit(STATUS_WRONG_INPUT) from None
 
 
 @contextmanager
@@ -134,7 +143,15 @@ def lower_on_out_of_memory(flag: str, value: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        full = _memory_that_ran_out(error)
+        if full is None:
             raise
-        place = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-        raise OutOfMemoryError(f"out of {place}; lower {flag} (now {value}) or use another --device") from error
+        raise OutOfMemoryError(f"out of {full}; lower {flag} (now {value}) or use another --device") from error
+
+
+def _memory_that_ran_out(error: RuntimeError) -> str | None:
+    """Which memory an error is about: of the allocators of PyTorch, or of the driver and its libraries."""
+    others = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in others):
+        return "GPU memory"
+    return "memory" if "can't allocate memory" in str(error) else None

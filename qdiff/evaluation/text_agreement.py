@@ -25,6 +25,7 @@ from qdiff.files import write_atomically
 
 SMALLEST_VARIANCE = 1e-4  # of the largest one; below that, directions are taken to be as wide as that
 ROWS_AT_ONCE = 500
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # of groups and things in a file
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,16 @@ class KnownImages:
                 about = parse_json((file.metadata() or {})["about"])
                 if set(file.keys()) != {"features", "labels", "bases"}:
                     raise ValueError(f"it holds {len(file.keys())} tensors")
-                tensors = (file.get_tensor(name) for name in ("features", "labels", "bases"))
-                features, labels, bases = tensors
-            known = cls(
-                features.float(), labels.long(), bases.long(), tuple(about["captions"]), about["classifier_sha256"]
-            )
-            if features.dim() != 2 or labels.shape != bases.shape or labels.shape != (len(features),):
+                features, labels, bases = (file.get_tensor(name) for name in ("features", "labels", "bases"))
+            captions = about["captions"]
+            if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+                raise ValueError("its captions are no list of texts")
+            if features.dim() != 2 or not labels.shape == bases.shape == (len(features),):
                 raise ValueError("features, labels and bases of unlike shapes")
-            if len(known.captions) != len(features) or not all(isinstance(text, str) for text in known.captions):
-                raise ValueError(f"{len(known.captions)} captions of {len(features)} images")
-            if not bool(features.isfinite().all()):
+            if not features.is_floating_point() or not {labels.dtype, bases.dtype} <= INTEGERS:
+                raise ValueError("features, labels and bases of other types")
+            known = cls(features.float(), labels.long(), bases.long(), tuple(captions), about["classifier_sha256"])
+            if not bool(known.features.isfinite().all()):
                 raise ValueError("features that are no numbers")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a file of known images: {reason(error)}") from None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import pickle
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms import functional as TF
 
 from ddim import datasets
 from ddim.config import DataConfig
@@ -135,6 +137,32 @@ def test_half_of_the_training_images_are_mirrored(tmp_path, monkeypatch):
     assert 70 < mirrored < 130
     test_split = open_dataset(DataConfig("CIFAR10", 32, 3, random_flip=True), tmp_path, train=False)
     assert all(torch.equal(test_split[0][0], test_split[0][0]) for _ in range(20))
+
+
+def test_lsun_is_what_torchvision_reads(tmp_path, monkeypatch):
+    """Without torchvision's cache of keys: nothing is left in the working folder, and nothing unpickled from it."""
+    lmdb = pytest.importorskip("lmdb")
+    monkeypatch.chdir(tmp_path)
+    with lmdb.open("tower_val_lmdb", map_size=2**24) as store, store.begin(write=True) as transaction:
+        for number in range(3):
+            buffer = io.BytesIO()
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 8, 3), np.uint8)).save(buffer, "WEBP")
+            transaction.put(f"{number:040x}".encode(), buffer.getvalue())
+    source = torchvision.datasets.LSUN(".", classes=["tower_val"])
+    theirs = [source[number] for number in range(3)]
+    del source  # a process opens a store once; what reads it here shares it
+    cache = Path("_cache_towervallmdb")
+    cache.write_bytes(b"what another library would unpickle")
+    ours = open_dataset(DataConfig("LSUN", 8, 3, category="tower"), ".", train=False)
+    again = open_dataset(DataConfig("LSUN", 8, 1, category="tower"), ".", train=False)
+    assert len(ours) == len(again) == 3
+    for number, (image, label) in enumerate(theirs):
+        square = TF.to_tensor(TF.center_crop(image, [8, 8]))
+        assert torch.equal(ours[number][0], square)
+        assert ours[number][1] == label == 0
+        assert again[number][0].shape == (1, 8, 8)
+    cache.unlink()
+    assert [path.name for path in Path().iterdir()] == ["tower_val_lmdb"]
 
 
 def test_missing_cifar10_says_where_and_how(tmp_path):

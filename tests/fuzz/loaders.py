@@ -5,12 +5,19 @@ What a loader returns is compared with that reading, so a case may end well only
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import functools
+import gzip
+import hashlib
+import itertools
 import json
 import math
+import re
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +29,34 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ddim.config import load_config
-from ddim.datasets import DatasetUnavailable, FolderImages, read_idx
+from ddim.config import DataConfig, load_config
+from ddim.datasets import DatasetUnavailable, FolderImages, open_dataset, read_idx
 from ddim.pretrained import read_weights
 from ldm.data.emoji import EmojiImages, pack_split
-from ldm.modules.encoders.tokenizers import BERT, CLIP, load_tokenizer, write_clip_tokenizer
+from ldm.modules.encoders.tokenizers import (
+    BERT,
+    CLIP,
+    CLIP_MERGES,
+    clip_vocabulary,
+    load_tokenizer,
+    write_clip_tokenizer,
+)
 from ldm.training import load_image_set as load_training_set
 from ldm.util import load_model_config
 from qdiff.calibration_data import load_calibration_set, selected_steps
 from qdiff.checkpoint import load_quantized, save_packed, save_published, unpack_bits
 from qdiff.cli.errors import EXPLAINED
+from qdiff.cli.make_clip_tokenizer import VOCABULARY, merges_in
 from qdiff.cli.run_folder import CONFIG_NAME, LAYOUT, read_options
+from qdiff.cli.text import read_prompts
 from qdiff.config import QuantConfig
 from qdiff.evaluation.features import EmojiClassifier, load_classifier, save_classifier
 from qdiff.evaluation.frechet import FeatureStatistics
 from qdiff.evaluation.image_sets import load_image_set
+from qdiff.evaluation.text_agreement import KnownImages
 from qdiff.progress import CalibrationProgress, FinishedUnit
 from qdiff.reconstruction import UnitReport
+from qdiff.recording import DONE, MANIFEST, Recording, SetLayout
 from tests.qdiff.conftest import SMALL, as_calibrated, wrapped
 
 from . import mutations as m
@@ -253,6 +271,60 @@ def unit_values(path: Path) -> Any:
     return safetensors_of(path) if path.is_file() else None
 
 
+RECORDED = SetLayout(4, 2, SHAPE)
+
+
+@contextlib.contextmanager
+def recording_in(folder: Path) -> Iterator[Recording]:
+    """The unfinished set of a folder, opened as the command that goes on with it does."""
+    recording = Recording(folder / "set.pt", RECORDED)
+    try:
+        recording.open({"sampler": {"seed": 0, "eta": 1.0}}, {"batch_size": 2}, anew=False)
+        yield recording
+    finally:
+        recording.close()
+
+
+def make_recording(folder: Path) -> Path:
+    with recording_in(folder) as recording:
+        recording.mark(range(2))
+    return recording.folder / MANIFEST
+
+
+def make_marks(folder: Path) -> Path:
+    return make_recording(folder).with_name(DONE)
+
+
+def load_recording(path: Path) -> Any:
+    """Which samples are not made again; none that is done may be lost to a damaged manifest."""
+    marks = path.with_name(DONE)
+    before = marks.read_bytes()
+    try:
+        with recording_in(path.parent.parent) as recording:
+            return list(recording.done())
+    except ValueError:
+        assert marks.read_bytes() == before
+        raise
+
+
+def recording_values(path: Path) -> Any:
+    """The marks, where the manifest is that of the set; an entry that is None is as good as none."""
+
+    def said(content: Any) -> Any:
+        found = {key: said(value) for key, value in content.items()} if isinstance(content, dict) else content
+        return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
+
+    found = said(json.loads(path.with_name(MANIFEST).read_text())["identity"])
+    marks = path.with_name(DONE).read_bytes()
+    return list(marks) if found == said(recorded_identity()) else "the samples of another set"
+
+
+@functools.cache
+def recorded_identity() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return json.loads(make_recording(Path(folder)).read_text())["identity"]
+
+
 # Configs and options.
 
 
@@ -297,6 +369,24 @@ def make_options(folder: Path) -> Path:
     return folder / CONFIG_NAME
 
 
+def make_captions(folder: Path) -> Path:
+    annotations = [{"image_id": 7, "id": n, "caption": text} for n, text in enumerate(("A cat.", "a dog\n and  a hat"))]
+    content = {"info": {"year": 2014}, "images": [{"id": 7}], "licenses": [], "annotations": annotations}
+    (folder / "captions.json").write_text(json.dumps(content))
+    return folder / "captions.json"
+
+
+def load_captions(path: Path) -> Any:
+    prompts = read_prompts(argparse.Namespace(prompt=None, from_file=str(path)))
+    "".join(prompts).encode()  # as files and hashes hold them
+    return list(prompts)
+
+
+def captions_values(path: Path) -> Any:
+    texts = [re.sub(r"\s+", " ", each["caption"]).strip() for each in json.loads(path.read_text())["annotations"]]
+    return [text for text in texts if text]
+
+
 # Images, statistics, tokenizers.
 
 
@@ -338,22 +428,43 @@ def folder_values(path: Path) -> torch.Tensor:
     return tvf.to_tensor(tvf.resize(tvf.center_crop(image, [min(image.size)] * 2), [4, 4], antialias=True))
 
 
+def in_lmdb(path: Path) -> Path:
+    """The bytes of a file as the only value of an LMDB beside it."""
+    import lmdb
+
+    place = path.with_name("cat_train_lmdb")
+    with lmdb.open(str(place), map_size=2**24, sync=False) as store, store.begin(write=True) as transaction:
+        transaction.put(b"0" * 40, path.read_bytes())
+    return place
+
+
+def make_value(folder: Path) -> Path:
+    Image.fromarray(pictures()[0]).save(folder / "value", format="PNG")
+    return folder / "value"
+
+
+def load_lsun(path: Path) -> Any:
+    return open_dataset(DataConfig("LSUN", 4, 3, category="cat"), in_lmdb(path).parent)[0][0]
+
+
+def value_values(path: Path) -> torch.Tensor:
+    image = Image.open(path)
+    found = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
+    return torch.from_numpy(np.moveaxis(found if found.ndim == 3 else found[..., None], -1, 0)[None].copy())
+
+
 def make_pt(folder: Path) -> Path:
     torch.save({"images": torch.rand(2, 3, 4, 4)}["images"], folder / "images.pt")
     return folder / "images.pt"
 
 
 def make_idx(folder: Path) -> Path:
-    import gzip
-
     content = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 3)) + bytes(range(18))
     (folder / "images.gz").write_bytes(gzip.compress(content, mtime=0))
     return folder / "images.gz"
 
 
 def idx_values(path: Path) -> torch.Tensor:
-    import gzip
-
     content = gzip.decompress(path.read_bytes())
     sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3])]
     return torch.tensor(list(content[4 + 4 * content[3] :]), dtype=torch.uint8).reshape(sizes)
@@ -380,6 +491,28 @@ def classifier_values(path: Path) -> Any:
     counts = "num_batches_tracked"  # long, whatever type the file has, and a number even as a list of one
     found = safetensors_of(path)
     return {name: t.long().reshape(()) if name.endswith(counts) else t.float() for name, t in found.items()}
+
+
+def make_known(folder: Path) -> Path:
+    (folder / "classifier").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    features = torch.arange(6.0).reshape(3, 2)
+    numbers = torch.tensor([0, 1, 1])
+    KnownImages(features, numbers, numbers, ("a", "b", "x"), digest).save(folder / "known.safetensors")
+    return folder / "known.safetensors"
+
+
+def load_known(path: Path) -> Any:
+    known = KnownImages.load(path, path.with_name("classifier"))
+    return {"features": known.features, "labels": known.labels, "bases": known.bases, "captions": list(known.captions)}
+
+
+def known_values(path: Path) -> Any:
+    with safe_open(path, "pt") as file:
+        captions = json.loads(file.metadata()["about"])["captions"]
+    found = safetensors_of(path)
+    numbers = {name: torch.tensor(found[name].tolist(), dtype=torch.int64) for name in ("labels", "bases")}
+    return {"features": found["features"].float(), "captions": captions, **numbers}
 
 
 def make_emoji(folder: Path) -> Path:
@@ -414,6 +547,38 @@ def load_clip(path: Path) -> Any:
 
 def clip_values(path: Path) -> Any:
     return json.loads((path.parent / "vocab.json").read_text())
+
+
+@functools.cache
+def merges() -> list[tuple[str, str]]:
+    """As many as OpenAI's list has: every character before every one that ends a word."""
+    ends = [token for token in clip_vocabulary([]) if token.endswith("</w>")]
+    pairs = ((end.removesuffix("</w>"), other) for end in ends for other in ends)
+    return list(itertools.islice(pairs, CLIP_MERGES))
+
+
+def make_merges(folder: Path) -> Path:
+    text = "\n".join(["a heading", *map(" ".join, merges()), "more t</w>"])
+    (folder / "merges.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    return folder / "merges.gz"
+
+
+def make_wheel(folder: Path) -> Path:
+    packed = make_merges(folder)
+    with zipfile.ZipFile(folder / "clip.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("open_clip/__init__.py", "")
+        wheel.write(packed, f"open_clip/{VOCABULARY}")
+    packed.unlink()
+    return folder / "clip.whl"
+
+
+def merges_values(path: Path) -> Any:
+    packed = path.read_bytes()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as wheel:
+            packed = wheel.read(next(name for name in wheel.namelist() if name.endswith(VOCABULARY)))
+    lines = gzip.decompress(packed).decode().split("\n")
+    return [tuple(line.split()) for line in lines[1 : 1 + CLIP_MERGES]]
 
 
 def make_backend(folder: Path) -> Path:
@@ -451,6 +616,8 @@ LOADERS: dict[str, Loader] = {
     "ckpt.json": Loader(make_facts, load_facts, facts_values, (m.json_changed,)),
     "calibration set": Loader(make_set, load_set, set_values, SAVED),
     "unfinished calibration": Loader(make_unit, load_unit, unit_values, TABLES),
+    "unfinished calibration set, manifest": Loader(make_recording, load_recording, recording_values, (m.json_changed,)),
+    "unfinished calibration set, marks": Loader(make_marks, load_recording, recording_values),
     "config of a pixel model": Loader(make_pixel_config, load_pixel, pixel_values, (m.yaml_changed,)),
     "config of a latent model": Loader(
         make_latent_config, load_model_config, lambda path: yaml.safe_load(path.read_text())["model"], (m.yaml_changed,)
@@ -461,6 +628,7 @@ LOADERS: dict[str, Loader] = {
         lambda path: yaml.safe_load(path.read_text()),
         (m.yaml_changed,),
     ),
+    "captions of COCO": Loader(make_captions, load_captions, captions_values, (m.json_changed,)),
     "images, .npz": Loader(make_npz, load_image_set, npz_values, (m.npz_header,)),
     "images, .png": Loader(
         make_png, lambda path: load_image_set(path.parent), png_values, (m.png_header, m.other_format)
@@ -468,13 +636,20 @@ LOADERS: dict[str, Loader] = {
     "images, folder of a data set": Loader(
         make_png, lambda path: FolderImages(path.parent, 4, 3)[0][0], folder_values, (m.png_header, m.other_format)
     ),
+    "images, LSUN": Loader(make_value, load_lsun, folder_values, (m.png_header, m.other_format)),
+    "images, LMDB to evaluate": Loader(
+        make_value, lambda path: load_image_set(in_lmdb(path)), value_values, (m.png_header, m.other_format)
+    ),
     "images, .pt": Loader(make_pt, load_image_set, saved, (m.archive_changed,)),
     "images, IDX": Loader(make_idx, read_idx, idx_values),
     "images and captions": Loader(make_emoji, load_emoji, safetensors_of, TABLES),
     "feature statistics": Loader(make_statistics, load_statistics, safetensors_of, TABLES),
+    "known images": Loader(make_known, load_known, known_values, TABLES),
     "classifier": Loader(
         make_classifier, lambda path: dict(load_classifier(path).state_dict()), classifier_values, TABLES
     ),
+    "CLIP's merges": Loader(make_merges, merges_in, merges_values, (m.packed_text,)),
+    "CLIP's merges in a wheel": Loader(make_wheel, merges_in, merges_values, (m.archive_changed,)),
     "tokenizer, vocab.json": Loader(make_clip, load_clip, clip_values, (m.json_changed,)),
     "tokenizer, merges.txt": Loader(clip_merges, load_clip, clip_values),
     "tokenizer, tokenizer_config.json": Loader(clip_options, load_clip, clip_values, (m.json_changed,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ HOSTILE = (
         "/etc/passwd",
         "${oc.env:HOME}",
         "\0",
+        "\ud800",
         "a\nb\nc\nd\ne\nf\ng",
         [],
         [[]],
@@ -363,6 +365,13 @@ def npz_header(draw: DrawFn, path: Path) -> Mutation:
             archive.writestr(name, changed)
 
     return write
+
+
+@st.composite
+def packed_text(draw: DrawFn, path: Path) -> Mutation:
+    """A file of gzip whose content was changed, with the right checksum."""
+    changed = gzip.compress(draw(bytes_changed(gzip.decompress(path.read_bytes()))), compresslevel=1, mtime=0)
+    return lambda target: target.write_bytes(changed) and None
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

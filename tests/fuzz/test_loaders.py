@@ -46,6 +46,7 @@ def agrees(loader: Loader, path: Path) -> bool:
     return expected is None or same(found, expected)
 
 
+@pytest.mark.timeout(max(600, CASES))
 @pytest.mark.parametrize("name", LOADERS)
 def test_spoiled_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = LOADERS[name]

@@ -118,6 +118,26 @@ def test_where_nothing_is_done_nothing_is_lost(tmp_path: Path) -> None:
     assert (tmp_path / "set.pt").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recording.json", b"{", "damaged: Expecting property name"),
+        ("recording.json", b"[]", "damaged: it is no manifest"),
+        ("done", b"\1" * (SAMPLES + 1), f"damaged: it has {SAMPLES + 1} bytes instead of {SAMPLES}"),
+        ("done", b"\1\2" + bytes(SAMPLES - 2), "damaged: it has other bytes than 0 and 1"),
+    ],
+)
+def test_what_is_done_is_not_lost_to_a_damaged_file(stopped: Path, name: str, content: bytes, message: str) -> None:
+    folder = stopped.with_name("set.pt.part")
+    (folder / name).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ProgressError, match=rf"{name}: {message}.*; start anew: remove .*, which .* --force does"):
+        record(stopped)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    record(stopped, anew=True)
+    assert stopped.is_file()
+
+
 def test_another_rounding_is_told(stopped: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     sampler = Trajectories()
     with caplog.at_level(logging.WARNING):

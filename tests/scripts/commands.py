@@ -12,13 +12,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "1"))
+"""At how many moments each command is killed; ``make test-full`` takes 10."""
 
-# Runs every line of its input as a command in a fork: prints its number, then its status.
+# Runs every line of its input as a command in a fork: prints its number, then its status. A command may be told to kill
+# itself just before it makes, renames or removes a file, the number of such events below a folder being given.
 SERVER = """
 import importlib, json, os, signal, sys, traceback
 import torch
 main = importlib.import_module(f"qdiff.cli.{sys.argv[1]}").main
 torch.set_num_threads(1)
+CHANGES = ("tempfile.mkstemp", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+def count_changes(folder, last):
+    seen = 0
+    def hook(event, arguments):
+        nonlocal seen
+        if event in CHANGES and str(arguments[0]).startswith(folder):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    return lambda: seen
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -27,6 +41,7 @@ for line in sys.stdin:
         log = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        changes = count_changes(*job["dies"]) if job["dies"] else None
         status = 1
         try:
             status = main(job["argv"])
@@ -34,6 +49,8 @@ for line in sys.stdin:
             status = stop.code
         except BaseException:
             traceback.print_exc()
+        if changes is not None:
+            print("changes", changes())
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -49,8 +66,15 @@ class Commands:
         self._server, self._output = server, output
         self._process: int | None = None
 
-    def start(self, argv: list[str]) -> None:
-        self._server.stdin.write(json.dumps({"argv": argv, "output": str(self._output)}) + "\n")
+    def start(self, argv: list[str], dies: tuple[Path, int] | None = None) -> None:
+        """Let one begin.
+
+        Args:
+            dies: a folder, and the number of the change in it, from 1 on, before which the command kills itself. If
+                there are fewer it says last how many there were.
+        """
+        job = {"argv": argv, "output": str(self._output), "dies": dies and (str(dies[0]), dies[1])}
+        self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         self._process = self._next("process")
 
@@ -73,9 +97,13 @@ class Commands:
 
 
 @contextmanager
-def serving(command: str, folder: Path) -> Iterator[Commands]:
-    """Commands of ``qdiff.cli``; what the latest of them says is kept in ``folder``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+def serving(command: str, folder: Path, first: Path = REPOSITORY) -> Iterator[Commands]:
+    """Commands of ``qdiff.cli``; what the latest of them says is kept in ``folder``.
+
+    Args:
+        first: a folder of modules that are found before others, ``sitecustomize`` for one.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{first}{os.pathsep}{REPOSITORY}"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SERVER, command], env=environment, **pipes) as server:
         yield Commands(server, folder / "output")

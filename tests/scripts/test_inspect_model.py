@@ -15,7 +15,8 @@ from qdiff.cli.sample_ddim import main as sample_ddim
 from .conftest import Miniature
 
 QUICK = ["--cali_st", "2", "--cali_n", "3", "--trajectories", "2", "--sensitivity_n", "1"]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 SECTIONS = [
     "Ranges of activations by timestep",
     "Shortcuts over two features",

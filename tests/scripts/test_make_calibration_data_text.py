@@ -70,6 +70,7 @@ def test_other_prompts_are_another_set(text, tmp_path: Path, failing, monkeypatc
         ('{"annotations": {"caption": "a cat"}}', ["has no list of annotations"]),
         ('{"annotations": [{"caption": "a cat"}, {"category_id": 3}]}', ["annotation 1 has no caption"]),
         ('{"annotations": [{"caption": 3}]}', ["annotation 0 has no caption"]),
+        ('{"annotations": [{"caption": "\\ud800"}]}', ["the caption of annotation 0 has half a character"]),
         ('{"annotations": []}', ["holds no prompt"]),
     ],
 )

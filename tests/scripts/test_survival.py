@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -18,15 +20,14 @@ import pytest
 import torch
 
 from qdiff import progress as progress_module
-from qdiff.cli import pipeline
+from qdiff.cli.run_folder import CONFIG_NAME
 from qdiff.cli.sample_ddim import main
+from qdiff.files import locked
 from qdiff.progress import CalibrationProgress
 
-from .commands import REPOSITORY, Commands, serving, wait_for
+from .commands import KILL_MOMENTS, REPOSITORY, Commands, serving, wait_for
 from .conftest import Miniature
 
-KILLS = 10
-SAMPLING_KILLS = 3
 UNITS = 18  # of the miniature network, in each of two phases
 CHECKPOINTS = ("ckpt.pth", "ckpt.json", "ckpt.safetensors")
 
@@ -112,8 +113,8 @@ def test_sigkill_at_random_moments(miniature, commands: Commands, uninterrupted:
     """Each after some more units, and a bit: within the next unit, a write, or the start."""
     draws = random.Random(20230204)
     out, found = tmp_path / "out", [0]
-    for _ in range(KILLS):
-        enough = min(found[-1] + draws.randint(0, 3), 2 * UNITS)
+    for moment in range(KILL_MOMENTS):
+        enough = min(found[-1] + draws.randint(0 if moment else 1, 3), 2 * UNITS)
         commands.start([*flags(miniature), "-l", str(run_folder(out))])
         wait_for(lambda enough=enough: len(units(run_folder(out))) >= enough or finished(run_folder(out)), commands)
         time.sleep(draws.uniform(0, 0.03))
@@ -121,7 +122,7 @@ def test_sigkill_at_random_moments(miniature, commands: Commands, uninterrupted:
         if commands.wait() == 0 or finished(run_folder(out)):  # a fast machine: over already
             break
         found.append(len(units(run_folder(out))))
-    assert len(found) > KILLS // 2
+    assert len(found) > KILL_MOMENTS // 2
     assert found == sorted(found)
     assert found[-1] > 0
     commands.start([*flags(miniature), "-l", str(run_folder(out))])
@@ -131,10 +132,10 @@ def test_sigkill_at_random_moments(miniature, commands: Commands, uninterrupted:
 
 def test_sigkill_while_sampling(miniature, commands: Commands, tmp_path: Path) -> None:
     """Every image that is there is whole, and those that were missing become what they would have been."""
-    argv = [*miniature.flags(), "--max_images", "12", "--batch_size", "1"]
+    argv = [*miniature.flags(), "--max_images", str(2 * KILL_MOMENTS + 6), "--batch_size", "1"]
     main([*argv, "-l", str(tmp_path / "whole")])
     whole, out = run_folder(tmp_path / "whole") / "img", tmp_path / "out"
-    for enough in range(2, 2 + 2 * SAMPLING_KILLS, 2):
+    for enough in range(2, 2 + 2 * KILL_MOMENTS, 2):
         commands.start([*argv, "-l", str(run_folder(out))])
         wait_for(lambda enough=enough: len(list(out.glob("samples/*/img/0*.png"))) >= enough, commands)
         commands.kill(signal.SIGKILL)
@@ -182,30 +183,30 @@ def test_on_a_gpu_to_the_same_bytes(miniature, tmp_path: Path, monkeypatch: pyte
         assert_finished_alike(folder, run_folder(tmp_path / "whole"))
 
 
-DEATHS = {
-    "before any checkpoint": ("save_published", "before"),
-    "between the checkpoints": ("save_packed", "before"),
-    "before tidying up": ("save_packed", "after"),
-}
-
-
-@pytest.mark.parametrize("moment", DEATHS)
-def test_dying_around_the_checkpoints(miniature, uninterrupted, folder, monkeypatch, moment: str) -> None:
-    name, when = DEATHS[moment]
-    original = getattr(pipeline, name)
-
-    def dying(*args: object, **options: object) -> object:
-        if when == "after":
-            original(*args, **options)
-        raise SystemExit(-9)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, name, dying)
+def test_sigkill_around_each_file(
+    miniature, commands: Commands, uninterrupted: Path, stopped: Path, tmp_path: Path
+) -> None:
+    """Before a file is made, gets its name or is removed: of the checkpoints, of the last units, of the pictures."""
+    learned = shutil.copytree(stopped, tmp_path / "learned")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2 * UNITS - 7 - 1, interrupt)
         with pytest.raises(SystemExit):
-            main([*flags(miniature), "-l", str(folder)])
-    assert len(units(folder)) == 2 * UNITS
-    main([*flags(miniature), "-l", str(folder)])
-    assert_finished_alike(folder, uninterrupted)
+            main([*flags(miniature), "-l", str(learned)])
+    assert len(units(learned)) == 2 * UNITS - 1
+
+    whole = shutil.copytree(learned, tmp_path / "whole")
+    commands.start([*flags(miniature), "-l", str(whole)], dies=(whole, -1))
+    assert commands.wait() == 0, commands.said()
+    assert_finished_alike(whole, uninterrupted)
+    changes = int(commands.said().split()[-1])
+    assert changes > 2 * (1 + len(CHECKPOINTS) + 2)  # a unit, the checkpoints, an image and the grid: made, and named
+
+    for moment in sorted(random.Random(20230204).sample(range(1, changes + 1), KILL_MOMENTS)):
+        folder = shutil.copytree(learned, tmp_path / f"before change {moment}")
+        commands.start([*flags(miniature), "-l", str(folder)], dies=(folder, moment))
+        assert commands.wait() == -signal.SIGKILL, commands.said()
+        main([*flags(miniature), "-l", str(folder)])
+        assert_finished_alike(folder, uninterrupted)
 
 
 # Going on, and refusing to.
@@ -344,6 +345,80 @@ def test_sigterm_to_the_script_while_sampling(miniature, tmp_path) -> None:
     assert words[:2] == ["python", "scripts/sample_diffusion_ddim.py"]
     assert words[-2:] == ["-l", str(folder)]
     assert not list(folder.glob("img/.*")), "half an image is left"
+
+
+# A clock that is set back.
+
+BACKWARDS = """
+import datetime, itertools, time
+calls = itertools.count()
+time.time = lambda: 1e9 - next(calls)
+time.time_ns = lambda: int(time.time() * 1e9)
+class Backwards(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(time.time(), tz)
+datetime.datetime = Backwards
+"""
+
+
+@pytest.fixture
+def backwards(tmp_path: Path) -> Iterator[Commands]:
+    """Commands whose clock goes back by a second whenever it is read, from September 2001 on, anew in each."""
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(BACKWARDS)
+    with serving("sample_ddim", tmp_path, first=tmp_path / "clock") as commands:
+        yield commands
+
+
+def times_in(log: Path) -> list[str]:
+    """Of its lines that begin with one."""
+    return re.findall(r"^(\d\d:\d\d:\d\d) ", log.read_text(), flags=re.MULTILINE)
+
+
+def test_a_clock_that_goes_back(miniature, backwards: Commands, uninterrupted: Path, tmp_path: Path) -> None:
+    """Killed while it calibrates, then going on before it began; another run begins at the same time as the first."""
+    out = tmp_path / "out"
+    backwards.start([*flags(miniature), "-l", str(out)])
+    wait_for(lambda: len(units(run_folder(out))) >= 5, backwards)
+    backwards.kill(signal.SIGKILL)
+    backwards.wait()
+    (folder,) = (out / "samples").iterdir()
+    assert folder.name.startswith("2001-09-0"), "the clock does not go back"
+    times = times_in(folder / "run.log")
+    assert len(set(times)) > 5
+    assert times == sorted(times, reverse=True)
+
+    backwards.start([*flags(miniature), "-l", str(folder)])
+    wait_for(lambda: "units are there" in backwards.said(), backwards)
+    with pytest.raises(BlockingIOError):  # so a second command is refused
+        locked(folder / CONFIG_NAME)
+    assert backwards.wait() == 0, backwards.said()
+    assert_finished_alike(folder, uninterrupted)
+    times = times_in(folder / "run.log")
+    assert sum(later > earlier for earlier, later in itertools.pairwise(times)) == 1  # where it went on
+
+    backwards.start([*flags(miniature), "-l", str(out)])
+    assert backwards.wait() == 0, backwards.said()
+    first, second = sorted((out / "samples").iterdir())
+    assert folder in (first, second)
+    for each in (first, second):
+        assert_finished_alike(each, uninterrupted)
+
+
+def test_sampling_while_the_clock_goes_back(miniature, backwards: Commands, tmp_path: Path) -> None:
+    argv = [*miniature.flags(), "--max_images", "12", "--batch_size", "1"]
+    main([*argv, "-l", str(tmp_path / "whole")])
+    whole, out = run_folder(tmp_path / "whole") / "img", tmp_path / "out"
+    backwards.start([*argv, "-l", str(out)])
+    wait_for(lambda: len(list(out.glob("samples/2001-*/img/0*.png"))) >= 4, backwards)
+    backwards.kill(signal.SIGKILL)
+    backwards.wait()
+    (folder,) = (out / "samples").iterdir()
+    backwards.start([*argv, "-l", str(folder)])
+    assert backwards.wait() == 0, backwards.said()
+    found = {path.name: path.read_bytes() for path in (folder / "img").iterdir()}
+    assert found == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
 # A full disk.

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from ddim.unet import UNet
 from qdiff import files
 from qdiff.cli import pipeline, run_folder
 from qdiff.cli.pixel import PixelSampler
@@ -263,17 +264,59 @@ def test_too_little_room_is_said_before_calibrating(refused, miniature, monkeypa
     assert "-l" in message
 
 
-@pytest.mark.parametrize(("stage", "flag"), [("sample", "--batch_size (now 4)"), ("cali", "--cali_batch_size (now 4)")])
-def test_out_of_gpu_memory(miniature, tmp_path, failing, monkeypatch, stage, flag):
+@pytest.mark.parametrize(
+    ("stage", "remedy"),
+    [
+        ("load", "end what else runs there, or use another --device"),
+        ("sample", "lower --batch_size (now 4)"),
+        ("cali", "lower --cali_batch_size (now 4)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nand more")],
+    ids=type,
+)
+def test_out_of_gpu_memory(miniature, tmp_path, failing, monkeypatch, stage, remedy, error):
     def too_much(*_args, **_options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    if stage == "sample":
-        monkeypatch.setattr(PixelSampler, "__call__", too_much)
-        flags = []
-    else:
-        monkeypatch.setattr(pipeline, "calibrate", too_much)
-        flags = ["--ptq", *miniature.calibration_flags()]
+    owner, name = {
+        "load": (UNet, "to"),
+        "sample": (PixelSampler, "__call__"),
+        "cali": (pipeline, "calibrate"),
+    }[stage]
+    monkeypatch.setattr(owner, name, too_much)
+    flags = ["--ptq", *miniature.calibration_flags()] if stage == "cali" else []
     failure = failing(*miniature.flags(), *flags, "-l", tmp_path, "--max_images", 1, main=main)
     assert failure.status == 2
-    assert f"out of GPU memory; lower {flag}" in failure.message
+    assert f"error: out of GPU memory; {remedy}" in failure.message.splitlines()[-1]
+    assert "Traceback" not in failure.message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("room", "remedy"),
+    [(0, "end what else runs there, or use another --device"), (192, "lower --batch_size (now 8192)")],
+    ids=["weights", "batch"],
+)
+def test_a_gpu_that_runs_out(miniature, tmp_path, failing, room, remedy):
+    """Its allocator may take so many MiB more. The run goes on in smaller batches, or when there is room."""
+    words = [*miniature.flags(), "--device", "cuda", "--max_images", "8192"]
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * 2**20) / total)
+        failure = failing(*words, "--batch_size", "8192", "-l", tmp_path, main=main)
+        assert failure.status == 2
+        assert f"error: out of GPU memory; {remedy}" in failure.message.splitlines()[-1]
+        assert "Traceback" not in failure.message
+        (folder,) = (tmp_path / "samples").iterdir()
+        assert not list((folder / "img").iterdir())
+        if not room:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        main([*words, "--batch_size", "256", "-l", str(folder)])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(list((folder / "img").glob("*.png"))) == 8192

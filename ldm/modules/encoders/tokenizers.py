@@ -323,10 +323,17 @@ def read_merges(text: str, count: int = CLIP_MERGES) -> list[tuple[str, str]]:
     """The first ``count`` merges of a list as OpenAI published it: a heading, then two pieces a line.
 
     Raises:
-        ValueError: fewer lines, or lines of another kind.
+        ValueError: fewer lines, lines of another kind, or merges that make no vocabulary: of pieces that are no tokens
+            yet, or of a token that is there already.
     """
     lines = text.split("\n")[1 : count + 1]
     pairs = [tuple(line.split()) for line in lines]
     if len(pairs) < count or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"expected a heading and {count} lines of two pieces each")
+    tokens = set(clip_vocabulary([]))
+    for number, pair in enumerate(pairs):
+        merged = "".join(pair)
+        if not tokens.issuperset(pair) or merged in tokens:
+            raise ValueError(f"merge {number} is of pieces that are no tokens, or makes a token again")
+        tokens.add(merged)
     return [(first, second) for first, second in pairs]
