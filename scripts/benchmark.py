@@ -42,6 +42,7 @@ from ddim.config import ConfigError, PixelConfig, load_config
 from ddim.models import build
 from ddim.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from ddim.unet import UNet
+from ddim.untrusted import read_yaml_text
 from ldm.models.diffusion.ddim import latent_timesteps
 from ldm.modules.ema import MODEL
 from ldm.modules.encoders.modules import TextEncoder
@@ -321,7 +322,7 @@ class LatentNetwork:
 def network_of(args: Any) -> Network:
     """The network that ``--config`` describes; a latent model's file says so by a target."""
     try:
-        content = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_yaml_text(args.config))
     except (OSError, ValueError, yaml.YAMLError):
         content = None  # whoever reads a config says what is wrong with it
     section = content.get("model") if isinstance(content, dict) else None

@@ -305,7 +305,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, wheel_source: Pa
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         str(p.relative_to(wheel_source)) for package in PACKAGES for p in (wheel_source / package).rglob("*.py")
-    }
+    } | {f"{package}/py.typed" for package in PACKAGES}
     assert packed == expected
 
 
