@@ -5,9 +5,11 @@
 copies the tree to a temporary folder, changes one place of one module there (cosmic-ray's operators: another operator
 or number, a condition negated, a decorator gone, ...), runs the tests that reach the function until one fails, puts the
 module back, and goes on with the next of the sample. ``tests/mutation.toml`` has the modules, the files of their tests,
-the seed and what is left out. What became of each mutant is a line of ``DIR/mutants.jsonl``, and the same command goes on where it was
-stopped; ``DIR/summary.json`` and ``DIR/summary.md`` are written at the end. After changes of tests, ``--again`` runs
-the survivors once more.
+the seed and what is left out.
+
+What became of each mutant is a line of ``DIR/mutants.jsonl``, and the same command goes on where it was stopped;
+``DIR/summary.json`` and ``DIR/summary.md`` are written at the end. After changes of tests, ``--again`` runs the
+survivors once more.
 
 Importing torch takes longer than most tests, so it is imported once; each mutant is tested in a process forked from
 that one, which has nothing of the project imported.
@@ -39,12 +41,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-for variable, value in {
-    "OMP_NUM_THREADS": "1",  # sums in a fixed order, and a process that may fork
-    "PYTHONDONTWRITEBYTECODE": "1",  # a cached module is told from a mutated one by second and length only
-}.items():
-    os.environ[variable] = value
 
 import coverage
 import pytest
@@ -93,6 +89,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="instead of the configured one")
     parser.add_argument("--again", action="store_true", help="test the survivors once more")
     args = parser.parse_args()
+
+    torch.set_num_threads(1)  # sums in a fixed order, and a process that may fork
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True  # a cached module is told from a mutated one by second and length only
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
     config = tomllib.loads(args.config.read_text())
     config |= {name: value for name in ("seed", "count") if (value := getattr(args, name)) is not None}
@@ -225,6 +226,8 @@ class Coverage:
         data.read()
         for module in modules:
             path = module["path"]
+            for cached in (tree / path).parent.glob(f"__pycache__/{Path(path).stem}.*"):
+                cached.unlink()
             self.lines[path] = data.contexts_by_lineno(str(tree / path))
             self.tests[path] = [t for t in self.durations if t.split("::")[0] in module["tests"]]
         print(f"{seconds:.0f} s for {len(self.durations)} tests without a mutation", flush=True)
@@ -310,6 +313,8 @@ def _child(
     output = os.open(tree.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if measure is not None:  # the only run of code that is not mutated
+        sys.dont_write_bytecode = False
     if memory_gb is not None:
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -336,7 +341,8 @@ class _Watch:
         self.file = self.coverage = None
         if measure is not None:
             self.file, modules = measure
-            self.coverage = coverage.Coverage(str(self.file), include=[str(tree / path) for path in modules])
+            include = [str(tree / path) for path in modules]
+            self.coverage = coverage.Coverage(str(self.file), include=include, config_file=False)
             self.coverage.start()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -436,5 +442,4 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

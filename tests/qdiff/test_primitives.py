@@ -20,6 +20,7 @@ from qdiff.primitives import (
     observed_range,
     range_to_grid,
     reconstruction_loss,
+    reconstruction_slope,
     rectified_sigmoid,
     rounding_regularizer,
     rounding_variable,
@@ -305,3 +306,14 @@ def test_reconstruction_loss_sums_channels_and_averages_the_rest(p: float, shape
     difference = np.abs(prediction.double().numpy() - target.double().numpy()) ** p
     expected = difference.sum() / (difference.size / shape[1])
     assert reconstruction_loss(prediction, target, p).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [2.0, 2.4, 3.0])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 5), (2, 3, 4, 5)])
+def test_reconstruction_slope_is_the_gradient_of_the_loss(p: float, shape: tuple[int, ...]) -> None:
+    prediction, target = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    expected = reconstruction_loss(prediction, target, p)
+    (gradient,) = torch.autograd.grad(expected, prediction)
+    value, slope = reconstruction_slope(prediction.detach(), target, p)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(slope, gradient)

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdiff.config import QuantConfig, QuantizerConfig
-from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer, dequantize_codes, integer_codes
+from qdiff.quantizers import (
+    AdaRoundQuantizer,
+    UniformAffineQuantizer,
+    check_grid,
+    dequantize_codes,
+    integer_codes,
+)
 
 from .conftest import properties
 
@@ -249,6 +255,46 @@ def test_only_the_published_rounding_mode() -> None:
     AdaRoundQuantizer(grid, torch.zeros(2), "learned_hard_sigmoid")
     with pytest.raises(ValueError, match="learned_hard_sigmoid"):
         AdaRoundQuantizer(grid, torch.zeros(2), "nearest")
+
+
+# Grids from files.
+
+
+@pytest.mark.parametrize(
+    ("delta", "zero_point"),
+    [
+        (torch.tensor(0.5), torch.tensor(3.0)),
+        (torch.tensor(0.5), torch.tensor([3])),  # with an axis, as integers
+        (torch.tensor([[1e-3], [1e3]]).half(), torch.tensor([[-200.0], [2.0**31 - 1]], dtype=torch.float64)),
+    ],
+)
+def test_grids_that_files_may_hold(delta: torch.Tensor, zero_point: torch.Tensor) -> None:
+    check_grid(delta, zero_point)
+
+
+@pytest.mark.parametrize(
+    ("delta", "zero_point", "message"),
+    [
+        ([1.0, 1.0], [0.0], "2 step sizes and 1 zero points"),
+        ([1], [0.0], "step sizes are torch.int64"),
+        ([1.0], [True], "zero points torch.bool"),
+        ([1.0], [1j], "zero points torch.complex64"),
+        ([1.0, 0.0], [0.0, 0.0], "the step size 0.0 is not"),
+        ([1.0, -0.5], [0.0, 0.0], "the step size -0.5 is not"),
+        ([float("inf"), 1.0], [0.0, 0.0], "the step size inf is not"),
+        ([1.0, 2.0, float("nan")], [0.0, 0.0, 0.0], "the step size nan is not"),
+        (-2.0, 0.0, "the step size -2.0 is not"),
+        ([1.0, 1.0], [0.0, 0.5], "the zero point 0.5 is no whole number"),
+        ([1.0, 1.0], [0.0, float("nan")], "the zero point nan is"),
+        ([1.0, 1.0], [float("-inf"), 0.0], "the zero point -inf is"),
+        ([1.0, 1.0], [0.0, 2.0**31], "the zero point 2147483648.0 is"),
+        (1.0, -(2.0**31), "the zero point -2147483648.0 is"),
+    ],
+)
+def test_grids_that_are_none(delta: Any, zero_point: Any, message: str) -> None:
+    """The message names the first value that is wrong."""
+    with pytest.raises(ValueError, match=message):
+        check_grid(torch.tensor(delta), torch.tensor(zero_point))
 
 
 # Their configs.

@@ -490,6 +490,22 @@ def test_trace_sees_roundings_settle() -> None:
     assert report.trace[-1].temperature == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("iterations", "looks"),
+    [
+        (3, [1, 2, 3]),
+        (20, list(range(1, 21))),
+        (21, [*range(2, 21, 2), 21]),
+        (200, list(range(10, 201, 10))),
+        (205, [*range(20, 201, 20), 205]),  # from 11 on in whole tens, the length of a recorded graph
+    ],
+)
+def test_about_twenty_looks(iterations: int, looks: list[int]) -> None:
+    _, unit, data = unit_and_data("temb.dense.1", samples=4, act_quant=True)
+    report = reconstruct_activations(unit, data, changed(iters_a=iterations, batch_size=2, lr=1e-6), seed=0)
+    assert [point.iteration for point in report.trace] == looks
+
+
 # Where learning fails.
 
 
@@ -544,6 +560,22 @@ def test_never_worse_than_before(phase: str, changes: dict[str, float]) -> None:
     assert report.note
     assert report.loss_after == report.loss_before
     assert steps(unit) == before
+
+
+@pytest.mark.parametrize(("times", "diverges"), [(99, False), (101, True)])
+@pytest.mark.parametrize("size", [1e-3, 10.0])
+def test_a_hundred_times_the_loss_before_is_too_much(
+    monkeypatch: pytest.MonkeyPatch, times: float, diverges: bool, size: float
+) -> None:
+    _, unit, data = unit_and_data("temb.dense.1", act_quant=True)
+    data = UnitData(data.inputs, data.target + size)
+    unit.module.set_quant_state(True, True)
+    before = loss(unit, data, FAST.p) / times
+    monkeypatch.setattr("qdiff.reconstruction.fixed_batch_loss", lambda *_, **__: before)
+    report = reconstruct_activations(unit, data, changed(iters_a=1, lr=1e-9, batch_size=len(data)), seed=0)
+    assert report.trace[0].loss == pytest.approx(times * before, rel=1e-3)
+    assert report.outcome == ("kept" if diverges else "learned")
+    assert report.note.count("the loss grew to") == (2 if diverges else 0)
 
 
 # On a GPU every iteration is the replay of a CUDA graph.
