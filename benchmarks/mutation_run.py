@@ -22,7 +22,9 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -102,7 +104,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     results = Results(args.folder / "mutants.jsonl", sample, forget_survivors=args.again)
     with copied_tree() as tree:
-        clean = Coverage(tree, config["modules"])
+        clean = Coverage(tree, config["modules"], args.folder / "clean.json")
         for mutant in sample:
             if mutant not in results:
                 results.add(mutant, tested(tree, mutant, config, clean))
@@ -205,41 +207,61 @@ def copied_tree() -> Iterator[Path]:
 
 
 class Coverage:
-    """Which tests run which function, and how long they take, from one run of unchanged code.
+    """Which tests run which lines, and how long they take, from a run of each file of tests on unchanged code.
+
+    Args:
+        kept: a file for what was measured; a file of tests is measured again when it, a fixture or the package changed.
 
     Raises:
         RuntimeError: a test fails.
     """
 
-    def __init__(self, tree: Path, modules: list[dict[str, Any]]):
+    def __init__(self, tree: Path, modules: list[dict[str, Any]], kept: Path):
+        self.modules = modules
         self.sources = {module["path"]: (tree / module["path"]).read_text() for module in modules}
-        self.tests: dict[str, list[str]] = {}  # of each module, as they are configured
-        self.lines: dict[str, dict[int, list[str]]] = {}
-        files = list(dict.fromkeys(test for module in modules for test in module["tests"]))
+        self.files: dict[str, dict[str, Any]] = {}
+        known = json.loads(kept.read_text()) if kept.exists() else {}
+        common = [*sorted((tree / "qdiff").rglob("*.py")), *sorted((tree / "tests").rglob("conftest.py"))]
+        for name in dict.fromkeys(test for module in modules for test in module["tests"]):
+            digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*common, tree / name])).hexdigest()
+            if name not in known or known[name]["digest"] != digest:
+                known[name] = {"digest": digest, **self._measured(tree, name)}
+                kept.write_text(json.dumps(known))
+            self.files[name] = known[name]
+        self.durations = {test: s for file in self.files.values() for test, s in file["durations"].items()}
+
+    def _measured(self, tree: Path, name: str) -> dict[str, Any]:
         data_file = tree.parent / "coverage"
-        outcome, seconds, test = run_tests(tree, files, timeout=3600.0, measure=(data_file, list(self.sources)))
+        data_file.unlink(missing_ok=True)
+        outcome, seconds, test = run_tests(tree, [name], timeout=3600.0, measure=(data_file, list(self.sources)))
         if outcome != "survived":
             output = (tree.parent / "output.txt").read_text(errors="replace")
-            raise RuntimeError(f"without a mutation {test or 'the run'} failed ({outcome}):\n{output[-3000:]}")
-        self.durations: dict[str, float] = json.loads(data_file.with_suffix(".json").read_text())
+            raise RuntimeError(f"without a mutation {test or name} failed ({outcome}):\n{output[-3000:]}")
+        print(f"{seconds:.0f} s for {name} without a mutation", flush=True)
         data = coverage.CoverageData(str(data_file))
         data.read()
-        for module in modules:
-            path = module["path"]
+        lines = {}
+        for path in self.sources:
+            lines[path] = data.contexts_by_lineno(str(tree / path))
             for cached in (tree / path).parent.glob(f"__pycache__/{Path(path).stem}.*"):
                 cached.unlink()
-            self.lines[path] = data.contexts_by_lineno(str(tree / path))
-            self.tests[path] = [t for t in self.durations if t.split("::")[0] in module["tests"]]
-        print(f"{seconds:.0f} s for {len(self.durations)} tests without a mutation", flush=True)
+        return {"durations": json.loads(data_file.with_suffix(".json").read_text()), "lines": lines}
 
-    def tests_of(self, mutant: Mutant) -> list[str]:
-        """Tests that run the innermost function around the mutant, or all where there is none, the quickest first."""
+    def tests_of(self, mutant: Mutant, seconds: float) -> list[str]:
+        """Tests that run the innermost function around the mutant, or all where there is none.
+
+        The quickest first, as many as fit into the time, and one at least.
+        """
         body = _innermost_body(self.sources[mutant.path], mutant.line)
-        tests = self.tests[mutant.path]
-        if body:
-            reached = {test for line in body for test in self.lines[mutant.path].get(line, [])}
-            tests = [test for test in tests if test in reached]
-        return sorted(tests, key=lambda test: self.durations[test])
+        reached: list[str] = []
+        for name in next(module["tests"] for module in self.modules if module["path"] == mutant.path):
+            file = self.files[name]
+            own = {int(line): tests for line, tests in file["lines"][mutant.path].items()}
+            running = {test for line in body for test in own.get(line, [])} if body else file["durations"].keys()
+            reached += [test for test in file["durations"] if test in running]
+        reached.sort(key=lambda test: self.durations[test])
+        totals = itertools.accumulate(self.durations[test] for test in reached)
+        return [test for i, (test, total) in enumerate(zip(reached, totals, strict=True)) if i == 0 or total <= seconds]
 
 
 def _innermost_body(source: str, line: int) -> range | None:
@@ -255,7 +277,7 @@ def tested(tree: Path, mutant: Mutant, config: dict[str, Any], clean: Coverage) 
     """Put the mutant in its place, run the tests, put the original back."""
     place = tree / mutant.path
     original = place.read_text()
-    tests = clean.tests_of(mutant)
+    tests = clean.tests_of(mutant, config["test_seconds"])
     timeout = config["timeout"] * (config["start_seconds"] + sum(clean.durations[test] for test in tests))
     place.write_text(mutant.code)
     try:
