@@ -104,7 +104,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     results = Results(args.folder / "mutants.jsonl", sample, forget_survivors=args.again)
     with copied_tree() as tree:
-        clean = Coverage(tree, config["modules"], args.folder / "clean.json")
+        clean = Coverage(tree, config, args.folder / "clean.json")
         for mutant in sample:
             if mutant not in results:
                 results.add(mutant, tested(tree, mutant, config, clean))
@@ -216,8 +216,9 @@ class Coverage:
         RuntimeError: a test fails.
     """
 
-    def __init__(self, tree: Path, modules: list[dict[str, Any]], kept: Path):
-        self.modules = modules
+    def __init__(self, tree: Path, config: dict[str, Any], kept: Path):
+        self.modules = modules = config["modules"]
+        self.memory_gb = config["memory_gb"]
         self.sources = {module["path"]: (tree / module["path"]).read_text() for module in modules}
         self.files: dict[str, dict[str, Any]] = {}
         known = json.loads(kept.read_text()) if kept.exists() else {}
@@ -233,7 +234,7 @@ class Coverage:
     def _measured(self, tree: Path, name: str) -> dict[str, Any]:
         data_file = tree.parent / "coverage"
         data_file.unlink(missing_ok=True)
-        outcome, seconds, test = run_tests(tree, [name], timeout=3600.0, measure=(data_file, list(self.sources)))
+        outcome, seconds, test = run_tests(tree, [name], 3600.0, self.memory_gb, (data_file, list(self.sources)))
         if outcome != "survived":
             output = (tree.parent / "output.txt").read_text(errors="replace")
             raise RuntimeError(f"without a mutation {test or name} failed ({outcome}):\n{output[-3000:]}")
@@ -293,7 +294,7 @@ def run_tests(
     tree: Path,
     tests: list[str],
     timeout: float,
-    memory_gb: float | None = None,
+    memory_gb: float,
     measure: tuple[Path, list[str]] | None = None,
 ) -> tuple[str, float, str]:
     """Run tests in a forked process until one fails.
@@ -330,16 +331,15 @@ def run_tests(
 
 
 def _child(
-    tree: Path, tests: list[str], verdict: Path, memory_gb: float | None, measure: tuple[Path, list[str]] | None
+    tree: Path, tests: list[str], verdict: Path, memory_gb: float, measure: tuple[Path, list[str]] | None
 ) -> None:
     output = os.open(tree.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     if measure is not None:  # the only run of code that is not mutated
         sys.dont_write_bytecode = False
-    if memory_gb is not None:
-        limit = int(memory_gb * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = int(memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     os.environ["PYTHONPATH"] = str(tree)  # of what tests start
