@@ -175,6 +175,15 @@ def test_a_grid_of_another_shape_is_refused() -> None:
         quantizer.load_state_dict({"delta": torch.ones(4, 1), "zero_point": torch.zeros(4, 1)})
 
 
+def test_a_grid_that_is_missing_is_named() -> None:
+    quantizer = UniformAffineQuantizer(4)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "zero_point"'):
+        quantizer.load_state_dict({"delta": torch.tensor(0.5)})
+    other = UniformAffineQuantizer(4)
+    other.load_state_dict({}, strict=False)
+    assert not other.ready
+
+
 # Learned rounding.
 
 
