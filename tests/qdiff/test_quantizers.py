@@ -171,8 +171,10 @@ def test_a_scalar_may_be_stored_with_an_axis(shape: tuple[int, ...], ready: bool
 
 def test_a_grid_of_another_shape_is_refused() -> None:
     quantizer = UniformAffineQuantizer(4, channel_wise=True, grid_shape=(3, 1))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        quantizer.load_state_dict({"delta": torch.ones(4, 1), "zero_point": torch.zeros(4, 1)})
+    whole = UniformAffineQuantizer(4)
+    for refusing in (quantizer, whole):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            refusing.load_state_dict({"delta": torch.ones(4, 1), "zero_point": torch.zeros(4, 1)})
 
 
 def test_a_grid_that_is_missing_is_named() -> None:
@@ -182,6 +184,18 @@ def test_a_grid_that_is_missing_is_named() -> None:
     other = UniformAffineQuantizer(4)
     other.load_state_dict({}, strict=False)
     assert not other.ready
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"n_bits": 8}, "8 bits, asymmetric, max"),
+        ({"n_bits": 4, "symmetric": True, "channel_wise": True}, "4 bits, symmetric, max, per channel"),
+        ({"n_bits": 16, "always_zero": True, "scale_method": "mse"}, "16 bits, z = 0, mse"),
+    ],
+)
+def test_a_printed_network_says_what_its_grids_are(options: dict[str, Any], shown: str) -> None:
+    assert UniformAffineQuantizer(**options).extra_repr() == shown
 
 
 # Learned rounding.
