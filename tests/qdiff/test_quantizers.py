@@ -273,6 +273,17 @@ def test_codes_stand_for_the_weight_exactly(seed: int, n_bits: int, scale_method
     assert torch.equal(dequantize_codes(codes, grid.delta, grid.zero_point), quantizer(weight))
 
 
+@pytest.mark.parametrize("step", [0.1, 0.3, 1 / 127])
+def test_codes_of_weights_on_the_grid(step: float) -> None:
+    """Divided by the step they are whole numbers after rounding only; codes are of the same division as the weights."""
+    grid = set_to(step, 128, n_bits=8, channel_wise=True)
+    weight = torch.arange(-128, 128) * torch.tensor(step)
+    quantizer = AdaRoundQuantizer(grid, weight)
+    codes = integer_codes(quantizer, weight)
+    assert torch.equal(codes, torch.arange(256).to(torch.uint8))
+    assert torch.equal(dequantize_codes(codes, grid.delta, grid.zero_point), quantizer(weight))
+
+
 def test_only_the_published_rounding_mode() -> None:
     grid = set_to(1.0, 0.0)
     AdaRoundQuantizer(grid, torch.zeros(2), "learned_hard_sigmoid")
@@ -288,6 +299,7 @@ def test_only_the_published_rounding_mode() -> None:
     [
         (torch.tensor(0.5), torch.tensor(3.0)),
         (torch.tensor(0.5), torch.tensor([3])),  # with an axis, as integers
+        (torch.ones(1000, 1), torch.zeros(1000, 1)),
         (torch.tensor([[1e-3], [1e3]]).half(), torch.tensor([[-200.0], [2.0**31 - 1]], dtype=torch.float64)),
     ],
 )
@@ -299,6 +311,7 @@ def test_grids_that_files_may_hold(delta: torch.Tensor, zero_point: torch.Tensor
     ("delta", "zero_point", "message"),
     [
         ([1.0, 1.0], [0.0], "2 step sizes and 1 zero points"),
+        ([1.0], [0.0, 0.0], "1 step sizes and 2 zero points"),
         ([1], [0.0], "step sizes are torch.int64"),
         ([1.0], [True], "zero points torch.bool"),
         ([1.0], [1j], "zero points torch.complex64"),
@@ -311,6 +324,7 @@ def test_grids_that_files_may_hold(delta: torch.Tensor, zero_point: torch.Tensor
         ([1.0, 1.0], [0.0, float("nan")], "the zero point nan is"),
         ([1.0, 1.0], [float("-inf"), 0.0], "the zero point -inf is"),
         ([1.0, 1.0], [0.0, 2.0**31], "the zero point 2147483648.0 is"),
+        (1.0, 2.0**40, "the zero point 1099511627776.0 is"),
         (1.0, -(2.0**31), "the zero point -2147483648.0 is"),
     ],
 )
