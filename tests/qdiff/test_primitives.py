@@ -138,6 +138,16 @@ def test_gradients_at_the_ends_of_the_grid(as_tensors: bool) -> None:
     assert delta.grad.item() == 0.5 - 25 - 250 + 10000 + 100000
 
 
+@pytest.mark.parametrize("wanted", ["x", "delta"])
+def test_gradients_of_one_are_those_of_both(wanted: str) -> None:
+    values = {"x": torch.randn(5), "delta": torch.tensor(0.4)}
+    both = {name: value.clone().requires_grad_() for name, value in values.items()}
+    fake_quantize(**both, lo=-3, hi=3).square().sum().backward()
+    values[wanted].requires_grad_()
+    fake_quantize(**values, lo=-3, hi=3).square().sum().backward()
+    assert torch.equal(values[wanted].grad, both[wanted].grad)
+
+
 def test_gradients_of_a_step_size_for_each_channel() -> None:
     x, delta = torch.randn(4, 3, 2, 2), torch.rand(4, 1, 1, 1) + 0.1
     together = delta.clone().requires_grad_()

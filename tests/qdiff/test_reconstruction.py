@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from qdiff.quant_model import QuantModel, Unit
 from qdiff.quantizers import AdaRoundQuantizer
 from qdiff.reconstruction import (
     UnitReport,
+    capturing,
     draw_batches,
     fixed_batch_loss,
     reconstruct_activations,
@@ -349,7 +351,7 @@ def test_report(phase: str) -> None:
     assert (report.name, report.kind, report.phase) == (BLOCK, "residual block", phase)
     assert report.iterations == {"weights": 3, "activations": 2}[phase]
     assert report.parameters == sum(p.numel() for m in unit.layers() for p in (m.weight, m.bias))
-    assert report.seconds > 0
+    assert 0 < report.loop_seconds < report.seconds
     assert all(isinstance(m, QuantModule) for m in unit.layers())
 
 
@@ -405,6 +407,7 @@ def test_alike_is_as_published() -> None:
     assert timestep_weights(torch.tensor([1.0, 2.0]), 1.0) is None
     assert timestep_weights(None, 4.0) is None
     assert timestep_weights(torch.tensor([7.0, 7.0]), 4.0).tolist() == [1, 1]
+    assert timestep_weights(torch.tensor([7.0, 8.0]), 4.0).tolist() == [1, 4]
 
 
 def test_what_is_drawn_is_what_is_learned_from() -> None:
@@ -422,6 +425,13 @@ def test_what_is_drawn_is_what_is_learned_from() -> None:
 def test_a_batch_is_at_most_the_set() -> None:
     assert draw_batches(3, 8, 4, seed=0).sort(1).values.tolist() == [[0, 1, 2]] * 4
     assert draw_batches(3, 8, 0, seed=0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "tf32"), ("tf32", "tf32"), ("fp32", "fp32")])
+def test_whole_networks_run_in_tf32_at_the_least(precision: str, expected: str) -> None:
+    """Targets in bfloat16 would carry its rounding."""
+    config = changed(precision=json.loads(f'"{precision}"'), iters=7)  # as read from a file
+    assert capturing(config) == dataclasses.replace(config, precision=expected)
 
 
 # Two paths, one computation.
@@ -576,6 +586,7 @@ def test_a_hundred_times_the_loss_before_is_too_much(
     assert report.trace[0].loss == pytest.approx(times * before, rel=1e-3)
     assert report.outcome == ("kept" if diverges else "learned")
     assert report.note.count("the loss grew to") == (2 if diverges else 0)
+    assert report.loop_seconds < report.seconds
 
 
 # On a GPU every iteration is the replay of a CUDA graph.
