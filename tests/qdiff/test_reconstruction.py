@@ -560,12 +560,13 @@ def test_what_fails_twice_keeps_round_to_nearest(
     assert BLOCK in caplog.text
 
 
+@pytest.mark.parametrize("engine", ["fast", "eager"])
 @pytest.mark.parametrize(("phase", "changes"), [("weights", {"weight_lr": 30.0}), ("activations", {"lr": 3.0})])
-def test_never_worse_than_before(phase: str, changes: dict[str, float]) -> None:
+def test_never_worse_than_before(phase: str, changes: dict[str, float], engine: str) -> None:
     """A rate far too high ends in chaos; the unit stays as it was."""
     _, unit, data = unit_and_data("conv_in", act_quant=phase == "activations")
     before = steps(unit)
-    report = PHASES[phase][0](unit, data, changed(iters=5, iters_a=5, warmup=0.9, **changes), seed=0)
+    report = PHASES[phase][0](unit, data, changed(iters=5, iters_a=5, warmup=0.9, engine=engine, **changes), seed=0)
     assert report.outcome == "kept"
     assert report.note
     assert report.loss_after == report.loss_before
