@@ -271,6 +271,24 @@ def test_a_search_sees_the_same_values_however_they_come(monkeypatch: pytest.Mon
     assert torch.equal(heads.grid()[0], seen[0][0])
 
 
+@pytest.mark.parametrize(("width", "seen"), [(2**15, 2**15), (2**15 + 1, 2**15), (2**17, 2**15)])
+def test_a_search_sees_all_values_up_to_131072(width: int, seen: int) -> None:
+    config = dataclasses.replace(UniformAffineQuantizer().config, scale_method="mse")
+    observer = RangeObserver(config, samples=4)
+    x = torch.randn(4, 1, width)
+    for sample in x:
+        observer.add(sample, 1)
+    assert [len(values) for values in observer._values] == [seen] * 4
+    if seen == width:  # in their order: the sums of the search are those of the whole tensor
+        assert torch.equal(torch.cat(observer._values), x.flatten())
+
+
+def test_minimum_and_maximum_are_all_that_a_min_max_grid_keeps() -> None:
+    observer = RangeObserver(UniformAffineQuantizer().config, samples=4)
+    observer.add(torch.randn(4, 1000), 4)
+    assert not observer._values
+
+
 def test_an_observer_of_few_values_finds_the_quantizers_own_grid() -> None:
     x = torch.randn(4, 3, 8, 8) ** 3
     for method in ("max", "mse"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from qdiff.primitives import (
     observed_range,
     range_to_grid,
     reconstruction_loss,
+    reconstruction_slope,
     rectified_sigmoid,
     rounding_regularizer,
     rounding_variable,
@@ -136,6 +138,16 @@ def test_gradients_at_the_ends_of_the_grid(as_tensors: bool) -> None:
     assert delta.grad.item() == 0.5 - 25 - 250 + 10000 + 100000
 
 
+@pytest.mark.parametrize("wanted", ["x", "delta"])
+def test_gradients_of_one_are_those_of_both(wanted: str) -> None:
+    values = {"x": torch.randn(5), "delta": torch.tensor(0.4)}
+    both = {name: value.clone().requires_grad_() for name, value in values.items()}
+    fake_quantize(**both, lo=-3, hi=3).square().sum().backward()
+    values[wanted].requires_grad_()
+    fake_quantize(**values, lo=-3, hi=3).square().sum().backward()
+    assert torch.equal(values[wanted].grad, both[wanted].grad)
+
+
 def test_gradients_of_a_step_size_for_each_channel() -> None:
     x, delta = torch.randn(4, 3, 2, 2), torch.rand(4, 1, 1, 1) + 0.1
     together = delta.clone().requires_grad_()
@@ -237,12 +249,20 @@ def test_search_does_not_widen_the_range_to_zero() -> None:
 
 
 def test_search_in_slices_is_the_same_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch space is that of the slices, not of the tensor."""
     x = torch.randn(7, 9)
     whole = search_grid(x, 4, symmetric=False, channel_wise=True)
+    search, rows = primitives._search_rows, []
+
+    def watched(part: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        rows.append(len(part))
+        return search(part, *args)
+
+    monkeypatch.setattr(primitives, "_search_rows", watched)
     monkeypatch.setattr(primitives, "_SEARCH_BYTES", 2 * 9 * 4)
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole, search_grid(x, 4, symmetric=False, channel_wise=True), strict=True)
-    )
+    sliced = search_grid(x, 4, symmetric=False, channel_wise=True)
+    assert rows == [2, 2, 2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 
 
 def test_constant_tensors_get_a_usable_grid() -> None:
@@ -305,3 +325,23 @@ def test_reconstruction_loss_sums_channels_and_averages_the_rest(p: float, shape
     difference = np.abs(prediction.double().numpy() - target.double().numpy()) ** p
     expected = difference.sum() / (difference.size / shape[1])
     assert reconstruction_loss(prediction, target, p).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 2.4, 3.0])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 5), (2, 3, 4, 5)])
+def test_reconstruction_slope_is_the_gradient_of_the_loss(p: float, shape: tuple[int, ...]) -> None:
+    prediction, target = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    expected = reconstruction_loss(prediction, target, p)
+    (gradient,) = torch.autograd.grad(expected, prediction)
+    value, slope = reconstruction_slope(prediction.detach(), target, p)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(slope, gradient)
+
+
+def test_reconstruction_is_quadratic_unless_told_otherwise() -> None:
+    prediction, target = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert torch.equal(reconstruction_loss(prediction, target), reconstruction_loss(prediction, target, 2.0))
+    for got, expected in zip(
+        reconstruction_slope(prediction, target), reconstruction_slope(prediction, target, 2.0), strict=True
+    ):
+        assert torch.equal(got, expected)

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdiff.config import QuantConfig, QuantizerConfig
-from qdiff.quantizers import AdaRoundQuantizer, UniformAffineQuantizer, dequantize_codes, integer_codes
+from qdiff.quantizers import (
+    AdaRoundQuantizer,
+    UniformAffineQuantizer,
+    check_grid,
+    dequantize_codes,
+    integer_codes,
+)
 
 from .conftest import properties
 
@@ -165,8 +171,31 @@ def test_a_scalar_may_be_stored_with_an_axis(shape: tuple[int, ...], ready: bool
 
 def test_a_grid_of_another_shape_is_refused() -> None:
     quantizer = UniformAffineQuantizer(4, channel_wise=True, grid_shape=(3, 1))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        quantizer.load_state_dict({"delta": torch.ones(4, 1), "zero_point": torch.zeros(4, 1)})
+    whole = UniformAffineQuantizer(4)
+    for refusing in (quantizer, whole):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            refusing.load_state_dict({"delta": torch.ones(4, 1), "zero_point": torch.zeros(4, 1)})
+
+
+def test_a_grid_that_is_missing_is_named() -> None:
+    quantizer = UniformAffineQuantizer(4)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "zero_point"'):
+        quantizer.load_state_dict({"delta": torch.tensor(0.5)})
+    other = UniformAffineQuantizer(4)
+    other.load_state_dict({}, strict=False)
+    assert not other.ready
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"n_bits": 8}, "8 bits, asymmetric, max"),
+        ({"n_bits": 4, "symmetric": True, "channel_wise": True}, "4 bits, symmetric, max, per channel"),
+        ({"n_bits": 16, "always_zero": True, "scale_method": "mse"}, "16 bits, z = 0, mse"),
+    ],
+)
+def test_a_printed_network_says_what_its_grids_are(options: dict[str, Any], shown: str) -> None:
+    assert UniformAffineQuantizer(**options).extra_repr() == shown
 
 
 # Learned rounding.
@@ -244,11 +273,65 @@ def test_codes_stand_for_the_weight_exactly(seed: int, n_bits: int, scale_method
     assert torch.equal(dequantize_codes(codes, grid.delta, grid.zero_point), quantizer(weight))
 
 
+@pytest.mark.parametrize("step", [0.1, 0.3, 1 / 127])
+def test_codes_of_weights_on_the_grid(step: float) -> None:
+    """Divided by the step they are whole numbers after rounding only; codes are of the same division as the weights."""
+    grid = set_to(step, 128, n_bits=8, channel_wise=True)
+    weight = torch.arange(-128, 128) * torch.tensor(step)
+    quantizer = AdaRoundQuantizer(grid, weight)
+    codes = integer_codes(quantizer, weight)
+    assert torch.equal(codes, torch.arange(256).to(torch.uint8))
+    assert torch.equal(dequantize_codes(codes, grid.delta, grid.zero_point), quantizer(weight))
+
+
 def test_only_the_published_rounding_mode() -> None:
     grid = set_to(1.0, 0.0)
     AdaRoundQuantizer(grid, torch.zeros(2), "learned_hard_sigmoid")
     with pytest.raises(ValueError, match="learned_hard_sigmoid"):
         AdaRoundQuantizer(grid, torch.zeros(2), "nearest")
+
+
+# Grids from files.
+
+
+@pytest.mark.parametrize(
+    ("delta", "zero_point"),
+    [
+        (torch.tensor(0.5), torch.tensor(3.0)),
+        (torch.tensor(0.5), torch.tensor([3])),  # with an axis, as integers
+        (torch.ones(1000, 1), torch.zeros(1000, 1)),
+        (torch.tensor([[1e-3], [1e3]]).half(), torch.tensor([[-200.0], [2.0**31 - 1]], dtype=torch.float64)),
+    ],
+)
+def test_grids_that_files_may_hold(delta: torch.Tensor, zero_point: torch.Tensor) -> None:
+    check_grid(delta, zero_point)
+
+
+@pytest.mark.parametrize(
+    ("delta", "zero_point", "message"),
+    [
+        ([1.0, 1.0], [0.0], "2 step sizes and 1 zero points"),
+        ([1.0], [0.0, 0.0], "1 step sizes and 2 zero points"),
+        ([1], [0.0], "step sizes are torch.int64"),
+        ([1.0], [True], "zero points torch.bool"),
+        ([1.0], [1j], "zero points torch.complex64"),
+        ([1.0, 0.0], [0.0, 0.0], "the step size 0.0 is not"),
+        ([1.0, -0.5], [0.0, 0.0], "the step size -0.5 is not"),
+        ([float("inf"), 1.0], [0.0, 0.0], "the step size inf is not"),
+        ([1.0, 2.0, float("nan")], [0.0, 0.0, 0.0], "the step size nan is not"),
+        (-2.0, 0.0, "the step size -2.0 is not"),
+        ([1.0, 1.0], [0.0, 0.5], "the zero point 0.5 is no whole number"),
+        ([1.0, 1.0], [0.0, float("nan")], "the zero point nan is"),
+        ([1.0, 1.0], [float("-inf"), 0.0], "the zero point -inf is"),
+        ([1.0, 1.0], [0.0, 2.0**31], "the zero point 2147483648.0 is"),
+        (1.0, 2.0**40, "the zero point 1099511627776.0 is"),
+        (1.0, -(2.0**31), "the zero point -2147483648.0 is"),
+    ],
+)
+def test_grids_that_are_none(delta: Any, zero_point: Any, message: str) -> None:
+    """The message names the first value that is wrong."""
+    with pytest.raises(ValueError, match=message):
+        check_grid(torch.tensor(delta), torch.tensor(zero_point))
 
 
 # Their configs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from qdiff.quant_model import QuantModel, Unit
 from qdiff.quantizers import AdaRoundQuantizer
 from qdiff.reconstruction import (
     UnitReport,
+    capturing,
     draw_batches,
     fixed_batch_loss,
     reconstruct_activations,
@@ -352,7 +354,7 @@ def test_report(phase: str) -> None:
     assert (report.name, report.kind, report.phase) == (BLOCK, "residual block", phase)
     assert report.iterations == {"weights": 3, "activations": 2}[phase]
     assert report.parameters == sum(p.numel() for m in unit.layers() for p in (m.weight, m.bias))
-    assert report.seconds > 0
+    assert 0 < report.loop_seconds < report.seconds
     assert all(isinstance(m, QuantModule) for m in unit.layers())
 
 
@@ -408,6 +410,7 @@ def test_alike_is_as_published() -> None:
     assert timestep_weights(torch.tensor([1.0, 2.0]), 1.0) is None
     assert timestep_weights(None, 4.0) is None
     assert timestep_weights(torch.tensor([7.0, 7.0]), 4.0).tolist() == [1, 1]
+    assert timestep_weights(torch.tensor([7.0, 8.0]), 4.0).tolist() == [1, 4]
 
 
 def test_what_is_drawn_is_what_is_learned_from() -> None:
@@ -425,6 +428,13 @@ def test_what_is_drawn_is_what_is_learned_from() -> None:
 def test_a_batch_is_at_most_the_set() -> None:
     assert draw_batches(3, 8, 4, seed=0).sort(1).values.tolist() == [[0, 1, 2]] * 4
     assert draw_batches(3, 8, 0, seed=0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "tf32"), ("tf32", "tf32"), ("fp32", "fp32")])
+def test_whole_networks_run_in_tf32_at_the_least(precision: str, expected: str) -> None:
+    """Targets in bfloat16 would carry its rounding."""
+    config = changed(precision=json.loads(f'"{precision}"'), iters=7)  # as read from a file
+    assert capturing(config) == dataclasses.replace(config, precision=expected)
 
 
 # Two paths, one computation.
@@ -493,6 +503,22 @@ def test_trace_sees_roundings_settle() -> None:
     assert report.trace[-1].temperature == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("iterations", "looks"),
+    [
+        (3, [1, 2, 3]),
+        (20, list(range(1, 21))),
+        (21, [*range(2, 21, 2), 21]),
+        (200, list(range(10, 201, 10))),
+        (205, [*range(20, 201, 20), 205]),  # from 11 on in whole tens, the length of a recorded graph
+    ],
+)
+def test_about_twenty_looks(iterations: int, looks: list[int]) -> None:
+    _, unit, data = unit_and_data("temb.dense.1", samples=4, act_quant=True)
+    report = reconstruct_activations(unit, data, changed(iters_a=iterations, batch_size=2, lr=1e-6), seed=0)
+    assert [point.iteration for point in report.trace] == looks
+
+
 # Where learning fails.
 
 
@@ -537,16 +563,34 @@ def test_what_fails_twice_keeps_round_to_nearest(
     assert BLOCK in caplog.text
 
 
+@pytest.mark.parametrize("engine", ["fast", "eager"])
 @pytest.mark.parametrize(("phase", "changes"), [("weights", {"weight_lr": 30.0}), ("activations", {"lr": 3.0})])
-def test_never_worse_than_before(phase: str, changes: dict[str, float]) -> None:
+def test_never_worse_than_before(phase: str, changes: dict[str, float], engine: str) -> None:
     """A rate far too high ends in chaos; the unit stays as it was."""
     _, unit, data = unit_and_data("conv_in", act_quant=phase == "activations")
     before = steps(unit)
-    report = PHASES[phase][0](unit, data, changed(iters=5, iters_a=5, warmup=0.9, **changes), seed=0)
+    report = PHASES[phase][0](unit, data, changed(iters=5, iters_a=5, warmup=0.9, engine=engine, **changes), seed=0)
     assert report.outcome == "kept"
     assert report.note
     assert report.loss_after == report.loss_before
     assert steps(unit) == before
+
+
+@pytest.mark.parametrize(("times", "diverges"), [(99, False), (101, True)])
+@pytest.mark.parametrize("size", [1e-3, 10.0])
+def test_a_hundred_times_the_loss_before_is_too_much(
+    monkeypatch: pytest.MonkeyPatch, times: float, diverges: bool, size: float
+) -> None:
+    _, unit, data = unit_and_data("temb.dense.1", act_quant=True)
+    data = UnitData(data.inputs, data.target + size)
+    unit.module.set_quant_state(True, True)
+    before = loss(unit, data, FAST.p) / times
+    monkeypatch.setattr("qdiff.reconstruction.fixed_batch_loss", lambda *_, **__: before)
+    report = reconstruct_activations(unit, data, changed(iters_a=1, lr=1e-9, batch_size=len(data)), seed=0)
+    assert report.trace[0].loss == pytest.approx(times * before, rel=1e-3)
+    assert report.outcome == ("kept" if diverges else "learned")
+    assert report.note.count("the loss grew to") == (2 if diverges else 0)
+    assert report.loop_seconds < report.seconds
 
 
 # On a GPU every iteration is the replay of a CUDA graph.
