@@ -34,7 +34,7 @@ demo: $(READY)  ## quantize, calibrate, resume and sample the bundled model; wri
 demo-ldm: $(READY)  ## the same for the latent model of emoji; writes demo-ldm/
 	$(BIN)/python scripts/demo_ldm.py $(DEMO_ARGS)
 
-demo-txt2img: $(READY)  ## the same for the model of captions, once its checkpoint is there; writes demo-txt2img/
+demo-txt2img: $(READY)  ## the same for the text-to-image model of emoji; writes demo-txt2img/
 	$(BIN)/python scripts/demo_txt2img.py $(DEMO_ARGS)
 
 # A thread for each process: small networks gain nothing from more, and lose where processes compete. A file's tests stay
