@@ -61,7 +61,7 @@ format: $(READY)  ## put formatting and import order right
 venv: $(READY)  ## only set up the virtual environment
 
 clean:  ## remove caches, build leftovers and the demo's output; keeps .venv and runs/
-	rm -rf build dist demo demo-ldm demo-txt2img *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist demo demo-ldm demo-txt2img *.egg-info .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment too

@@ -548,13 +548,14 @@ def test_not_a_number_is_tried_again_at_a_tenth_of_the_rate(monkeypatch: pytest.
     assert report.loss_after < report.loss_before
 
 
+@pytest.mark.parametrize("engine", ["fast", "eager"])
 def test_what_fails_twice_keeps_round_to_nearest(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, engine: str
 ) -> None:
     rates = poisoned(monkeypatch, 2)
     _, unit, data = unit_and_data(BLOCK)
     nearest = [codes for layer in unit.layers() for codes in layer.codes()]
-    report = reconstruct_weights(unit, data, FAST, seed=0)
+    report = reconstruct_weights(unit, data, changed(engine=engine), seed=0)
     assert len(rates) == 2
     assert report.outcome == "kept"
     assert report.loss_after == report.loss_before
