@@ -13,9 +13,10 @@ units that are there already are not learned again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,8 +120,7 @@ def calibrate(
             _set_act_ranges(qnn, data, config, progress)
             if mode == "qdiff":
                 _reconstruct(qnn, data, config, "activations", tally, progress, budget)
-    for unit in qnn.units():
-        _move_rounding(unit, device)
+    _move_rounding(qnn.units(), device)
     qnn.set_quant_state(True, quant_act)
     qnn.output_scale = None
     if config.correct_scale:
@@ -185,12 +185,12 @@ def _reconstruct(
         if there is None and progress is not None and WORKERS.rank == 0:
             progress.keep(unit, phase, number, finished)
         if phase == "weights" and sets_rounding_aside(budget):
-            _move_rounding(unit, torch.device("cpu"))  # its weight is baked
+            _move_rounding([unit], torch.device("cpu"))  # its weight is baked
         tally.add(finished, restored=there is not None)
 
 
-def _move_rounding(unit: Unit, device: torch.device) -> None:
-    for layer in unit.layers():
+def _move_rounding(units: Sequence[Unit], device: torch.device) -> None:
+    for layer in itertools.chain.from_iterable(unit.layers() for unit in units):
         for quantizer, _ in layer.weight_quantizers():
             if isinstance(quantizer, AdaRoundQuantizer):
                 quantizer.alpha.data = quantizer.alpha.data.to(device)

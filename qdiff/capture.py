@@ -366,7 +366,7 @@ class PairedCapture:
         stages = self.qnn.model.stages()
         for stage, after in zip(stages, [*stages[1:], None], strict=True):
             if units := self.qnn.units_of(stage):
-                self._make_room(max(self.memory.far_bytes(unit.path) for unit in units))
+                self._make_room(max(self.memory.unit_on_host(unit.path) for unit in units))
                 yield stage
             self._reached.clear()
             unit = None if after is None else next(filter(self._wants, self.qnn.units_of(after)), None)
@@ -392,7 +392,7 @@ class PairedCapture:
 
     def _on_the_way(self, unit: Unit) -> Collector:
         """Where the inputs of the next stage's first unit go while the stage before is passed."""
-        self._make_room(self.memory.far_bytes(unit.path))
+        self._make_room(self.memory.unit_on_host(unit.path))
         self._reached[unit.path] = self._storage.collector(unit)
         return self._reached[unit.path]
 

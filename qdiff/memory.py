@@ -345,9 +345,10 @@ class MemoryPlan:
         return (self.rows - self.gpu_rows(path)) * self.sizes.units[path]
 
     def _units_on_host(self, boundary: Boundary) -> int:
-        return max(map(self._unit_on_host, boundary.units), default=0)  # one after the other
+        return max(map(self.unit_on_host, boundary.units), default=0)  # one after the other
 
-    def _unit_on_host(self, path: str) -> int:
+    def unit_on_host(self, path: str) -> int:
+        """What a unit's data take in host memory, files not counted."""
         if not self.on_gpu:
             return self.rows * self.sizes.units[path]
         ring = self.ring_rows if self.pinned_rows(path) < self.rows - self.gpu_rows(path) else 0
@@ -368,7 +369,7 @@ class MemoryPlan:
     @property
     def largest_far(self) -> int:
         """Of all units, what waits in host memory."""
-        return max(map(self._unit_on_host, self.sizes.units), default=0)
+        return max(map(self.unit_on_host, self.sizes.units), default=0)
 
     def kept(self) -> list[tuple[Kept, Kept]]:
         """What of the quantized and the full-precision network's features is on the host before each stage.
@@ -480,7 +481,7 @@ class Storage:
             plan.rows,
             plan.gpu_rows(unit.path),
             compact=plan.compact,
-            pinned=plan.pinned_rows(unit.path) if plan.on_gpu else None,
+            pinned=plan.pinned_rows(unit.path),
             ring=plan.ring_rows,
             folder=plan.budget.folder,
             arena=self.arena,
