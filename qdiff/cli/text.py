@@ -131,7 +131,10 @@ def _captions(path: Path, text: str) -> list[str]:
         if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
             raise UserError(f"--from-file {path}: annotation {number} has no caption; {remedy}")
         if any("\ud800" <= character <= "\udfff" for character in annotation["caption"]):  # of \\ud800, JSON's escape
-            raise UserError(f"--from-file {path}: the caption of annotation {number} has half a character")
+            raise UserError(
+                f"--from-file {path}: the caption of annotation {number} has half a character (one of the two escapes"
+                " \\ud800 to \\udfff that make one); write it whole or take it out"
+            )
     return [" ".join(annotation["caption"].split()) for annotation in annotations]  # some are of several lines
 
 

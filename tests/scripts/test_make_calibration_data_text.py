@@ -19,6 +19,7 @@ COCO = {
     "licenses": [],
     "annotations": [{"image_id": 391895, "id": n, "caption": caption} for n, caption in enumerate(CAPTIONS)],
 }
+HALF_A_CHARACTER = "the caption of annotation 0 has half a character"
 
 
 def flags(tiny: TextMiniature, prompts: Path, out: Path) -> list[str]:
@@ -70,7 +71,7 @@ def test_other_prompts_are_another_set(text, tmp_path: Path, failing, monkeypatc
         ('{"annotations": {"caption": "a cat"}}', ["has no list of annotations"]),
         ('{"annotations": [{"caption": "a cat"}, {"category_id": 3}]}', ["annotation 1 has no caption"]),
         ('{"annotations": [{"caption": 3}]}', ["annotation 0 has no caption"]),
-        ('{"annotations": [{"caption": "\\ud800"}]}', ["the caption of annotation 0 has half a character"]),
+        ('{"annotations": [{"caption": "\\ud800"}]}', [HALF_A_CHARACTER]),
         ('{"annotations": []}', ["holds no prompt"]),
     ],
 )
@@ -83,6 +84,6 @@ def test_malformed_captions(text, tmp_path: Path, failing, content: str, words: 
     assert f"--from-file {path}" in message
     for word in words:
         assert word in message
-    if "holds no prompt" not in words:
+    if not any(word in ("holds no prompt", HALF_A_CHARACTER) for word in words):  # the others are about the structure
         assert 'expected COCO captions, {"annotations": [{"caption": "..."}]}; prompts, one a line, go in a' in message
     assert not (tmp_path / "set.pt").exists()
