@@ -24,6 +24,7 @@ MSE_CANDIDATES = 80  # the observed range times 1.00, 0.99, ... 0.21
 MSE_NORM = 2.4
 SMALLEST_DELTA = 1e-8
 _SEARCH_BYTES = 64 * 2**20  # of scratch space for one slice of candidates
+_SEARCH_TOGETHER = 2**16  # values that a CPU works on at once: they stay in its cache
 
 Bound = TypeVar("Bound", Tensor, float)  # of a grid's two bounds both are of one kind
 
@@ -118,8 +119,9 @@ def search_grid(
 ) -> tuple[Tensor, Tensor]:
     """Step size and zero point of the shrunk range with the least mean |x - x_hat|^2.4, the first of equals.
 
-    All channels are searched at once, candidate by candidate. Unlike :func:`range_to_grid` the range is not widened to
-    hold zero, so the zero point may lie outside the grid. With ``symmetric`` the candidates are symmetric grids.
+    All channels are searched at once, and with small tensors many candidates. Unlike :func:`range_to_grid` the range
+    is not widened to hold zero, so the zero point may lie outside the grid. With ``symmetric`` the candidates are
+    symmetric grids.
 
     Returns:
         ``(delta, zero_point)``: 0-dim, or one a channel, shaped to broadcast against ``x``.
@@ -135,22 +137,27 @@ def search_grid(
 
 def _search_rows(rows: Tensor, n_bits: int, symmetric: bool, always_zero: bool) -> tuple[Tensor, Tensor]:
     """The search over R rows of values, each with a range of its own: R x K -> R, R."""
-    lowest, highest = torch.aminmax(rows, dim=1, keepdim=True)
-    lo, hi = integer_bounds(n_bits, symmetric)
-    best_score = torch.full_like(lowest, math.inf)
-    best_delta, best_zero = torch.ones_like(lowest), torch.zeros_like(lowest)
-    work = torch.empty_like(rows)
-    for step in range(MSE_CANDIDATES):
-        shrink = 1.0 - 0.01 * step
-        delta, zero = _candidate(lowest * shrink, highest * shrink, n_bits, symmetric, always_zero)
-        torch.div(rows, delta, out=work).round_()
-        torch.maximum(work, lo - zero, out=work)  # clamp_() with a bound a row is many times slower
-        torch.minimum(work, hi - zero, out=work).mul_(delta)
-        score = work.sub_(rows).abs_().pow_(MSE_NORM).mean(dim=1, keepdim=True)
-        better = score < best_score
-        best_score = torch.where(better, score, best_score)
-        best_delta, best_zero = torch.where(better, delta, best_delta), torch.where(better, zero, best_zero)
-    return best_delta.squeeze(1), best_zero.squeeze(1)
+    lowest, highest = torch.aminmax(rows, dim=1)
+    shrinks = torch.tensor([1.0 - 0.01 * step for step in range(MSE_CANDIDATES)], device=rows.device).unsqueeze(1)
+    deltas, zeros = _candidate(lowest * shrinks, highest * shrinks, n_bits, symmetric, always_zero)  # candidates x R
+    together = max(1, (_SEARCH_TOGETHER if rows.is_cpu else _SEARCH_BYTES // 4) // rows.numel())
+    parts = zip(deltas.split(together), zeros.split(together), strict=True)
+    scores = torch.cat([_scores(rows, delta, zero, integer_bounds(n_bits, symmetric)) for delta, zero in parts])
+    scores = torch.where(scores.isnan(), math.inf, scores)
+    best = scores.argmin(0, keepdim=True)  # the first of equals
+    found = scores.gather(0, best) < math.inf
+    delta = torch.where(found, deltas.gather(0, best), 1.0)
+    return delta.squeeze(0), torch.where(found, zeros.gather(0, best), 0.0).squeeze(0)
+
+
+def _scores(rows: Tensor, delta: Tensor, zero: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """What C grids a row make of it, R x K and C x R -> C x R."""
+    lo, hi = bounds
+    delta, zero = delta.unsqueeze(2), zero.unsqueeze(2)
+    work = rows.div(delta).round_()
+    torch.maximum(work, lo - zero, out=work)  # clamp_() with a bound a row is many times slower
+    torch.minimum(work, hi - zero, out=work).mul_(delta)
+    return work.sub_(rows).abs_().pow_(MSE_NORM).mean(dim=2)
 
 
 def _candidate(

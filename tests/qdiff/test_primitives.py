@@ -265,6 +265,23 @@ def test_search_in_slices_is_the_same_search(monkeypatch: pytest.MonkeyPatch) ->
     assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 
 
+@pytest.mark.parametrize("together", [1, 3 * 7 * 9, 2**16])
+def test_candidates_tried_together_are_the_same_search(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, three at a time and all 80; ties go to the first of them, of a row with NaN none is taken."""
+    x = torch.randn(7, 9)
+    x[2] = 0
+    x[4, 3] = math.nan
+    x[5] = torch.arange(-8, 1) / 8  # many grids of 8 bits hold these exactly
+    for n_bits, symmetric in ((4, False), (8, True)):
+        whole = search_grid(x, n_bits, symmetric=symmetric, channel_wise=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(primitives, "_SEARCH_TOGETHER", together)
+            found = search_grid(x, n_bits, symmetric=symmetric, channel_wise=True)
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+        assert (found[0][4], found[1][4]) == (1, 0)
+    assert torch.equal(found[0][2], torch.tensor([primitives.SMALLEST_DELTA]))
+
+
 def test_constant_tensors_get_a_usable_grid() -> None:
     for value in (0.0, 2.5):
         delta, zero = search_grid(torch.full((1, 6), value), 8, symmetric=False, channel_wise=True)
