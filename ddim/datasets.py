@@ -15,11 +15,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import functional as TF
 
 from ddim.config import DataConfig
 from ddim.untrusted import DEFLATE_RATIO, UntrustedFileError, gunzip, read_image
@@ -148,9 +146,11 @@ class _Flipped(Dataset[tuple[Tensor, int]]):
 
 
 def _open_cifar10(config: DataConfig, root: Path, train: bool, download: bool) -> ImageData:
+    from torchvision.datasets import CIFAR10  # torchvision is imported where it is used: it takes as long as torch
+
     _require_channels(config, 3)
     try:
-        source = torchvision.datasets.CIFAR10(str(root), train=train, download=download)
+        source = CIFAR10(str(root), train=train, download=download)
     except RuntimeError:
         raise DatasetUnavailable(
             f"CIFAR-10 is not in {root} (looked for {root / 'cifar-10-batches-py'}); unpack cifar-10-python.tar.gz "
@@ -164,8 +164,10 @@ def _open_fashion_mnist(config: DataConfig, root: Path, train: bool, download: b
     _require_channels(config, 1)
     unpacked = root / "FashionMNIST" / "raw"
     if download or unpacked.is_dir():
+        from torchvision.datasets import FashionMNIST
+
         try:
-            source = torchvision.datasets.FashionMNIST(str(root), train=train, download=download)
+            source = FashionMNIST(str(root), train=train, download=download)
         except (RuntimeError, OSError) as error:
             raise DatasetUnavailable(f"Fashion-MNIST in {unpacked} is incomplete: {error}") from None
         images, labels = source.data, source.targets
@@ -279,9 +281,13 @@ def _pillow_mode(channels: int) -> str:
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
-    return images if images.shape[-1] == size else TF.resize(images, [size, size], antialias=True)
+    from torchvision.transforms.functional import resize
+
+    return images if images.shape[-1] == size else resize(images, [size, size], antialias=True)
 
 
 def _square(image: Image.Image, size: int) -> Tensor:
     """The central square at ``size`` x ``size``: C x H x W in [0, 1]."""
-    return TF.to_tensor(TF.resize(TF.center_crop(image, [min(image.size)] * 2), [size, size], antialias=True))
+    from torchvision.transforms.functional import center_crop, resize, to_tensor
+
+    return to_tensor(resize(center_crop(image, [min(image.size)] * 2), [size, size], antialias=True))

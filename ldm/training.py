@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from ddim.untrusted import UntrustedFileError, open_safetensors, parse_json
 
@@ -182,6 +181,8 @@ def encode_weights(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> b
 
 def encode_grid(images: Tensor, columns: int) -> bytes:
     """uint8 images, N x 3 x H x W, in rows of ``columns``: a PNG file."""
+    from torchvision.utils import make_grid  # as slow to import as torch
+
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(grid.numpy()).save(buffer, "PNG")

@@ -230,6 +230,17 @@ LAYERS = re.findall(r"^\| `(qdiff/[\w./]+)` \|", ARCHITECTURE, flags=re.MULTILIN
 QDIFF_INIT = ROOT / "qdiff" / "__init__.py"  # gathers the public names: above every layer
 
 
+def test_commands_start_without_what_most_of_them_never_use() -> None:
+    """Each takes seconds to import: whoever asks for ``--help``, or typed a wrong flag, should not wait for it."""
+    commands = sorted(path.stem for path in (ROOT / "qdiff" / "cli").glob("*.py") if path.stem != "__init__")
+    slow = ("torchvision", "transformers", "matplotlib", "pytorch_lightning", "torch_fidelity", "torch._dynamo")
+    program = (
+        f"import sys; from qdiff.cli import {', '.join(commands)}; print(*(m for m in {slow} if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def imported_modules(path: Path) -> set[str]:
     """Dotted names of all that a file imports, inside functions too."""
     found = set()

@@ -28,8 +28,6 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torchvision.transforms.functional import to_tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddim.untrusted import UntrustedFileError, read_image, read_yaml_text
@@ -192,6 +190,8 @@ class RunFolder:
         images = [read_png(path) for path in paths if path.is_file()]
         if not images:
             return None
+        from torchvision.utils import make_grid  # here, since importing it takes as long as importing torch
+
         path = self.path / GRID_NAME
         write_atomically(path, _png(make_grid(images, nrow=min(self.layout.columns, len(images)), padding=1)))
         return path
@@ -309,6 +309,8 @@ def read_png(path: Path) -> Tensor:
     Raises:
         UserError: the file cannot be read.
     """
+    from torchvision.transforms.functional import to_tensor
+
     return to_tensor(_opened(path))
 
 
