@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from ldm.pretrained import UNET, build_latent_diffusion, load_state
+from qdiff import primitives
 from qdiff.calibration_data import load_calibration_set
 from qdiff.checkpoint import read_info
 from qdiff.cli import make_calibration_data, make_random_checkpoint, strip_unet
@@ -392,8 +393,9 @@ def test_unet_of_the_full_checkpoint_is_not_read_with_a_packed_one(text, calibra
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", ["full", "packed"])
-def test_memory_holds_one_copy_of_the_unet(text, tmp_path, form):
+def test_memory_holds_one_copy_of_the_unet(text, tmp_path, form, monkeypatch):
     """Of a network large enough to be seen: what the process has to itself, up to the first model call."""
+    monkeypatch.setattr(primitives, "MSE_CANDIDATES", 1)  # any grid will do, and a good one takes minutes
     config = text_config("sd")
     config["model"]["params"]["unet_config"]["params"] |= {"model_channels": 192, "channel_mult": [1, 4]}
     path, ckpt = tmp_path / "wide.yaml", tmp_path / "model.ckpt"
