@@ -47,6 +47,7 @@ test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
 test-full: export FUZZ_CASES := 2000
 test-full: export KILL_MOMENTS := 10
 test-full: export INSTALL_WHEEL := 1
+test-full: export THOROUGH := 1
 test-full: test  ## the tests with 2000 broken files a loader, 10 kills a command, and the wheel in an empty environment
 
 lint: $(READY)  ## check style, formatting and types, change nothing

@@ -72,6 +72,7 @@ FAMILIES = {
     "emoji64": latent("configs/latent-diffusion/emoji64.yaml", (1, 64)),
     "stable-diffusion-v1": Family(lambda: UNetModel(**STABLE_DIFFUSION), (4, 64, 64), (77, 768)),
 }
+QUICK = ("cifar10", "lsun_beds256", "cin256-v2", "stable-diffusion-v1")  # one of each kind of network
 FULL_PRECISION_MIB = {"lsun_beds256": 1045.6, "lsun_churches256": 1125.4, "stable-diffusion-v1": 3279.1}  # as reported
 
 
@@ -83,7 +84,9 @@ def counted(family: Family, quant: QuantConfig, **options: Any) -> Costs:
     return count_costs(model, family.image, family.context, precisions=precisions, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.thorough) for name in FAMILIES]
+)
 def test_macs_of_full_size_networks_are_those_of_torchs_counter(name: str) -> None:
     family = FAMILIES[name]
     begin = time.perf_counter()

@@ -165,7 +165,13 @@ def test_smaller_batches_are_filled_up_with_their_last_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"a_sym": True}, {"a_sym": False}, {"timed_ranges": "all", "split_input": True}], ids=str
+    "options",
+    [
+        {"a_sym": True},
+        pytest.param({"a_sym": False}, marks=pytest.mark.thorough),
+        {"timed_ranges": "all", "split_input": True},
+    ],
+    ids=str,
 )
 def test_the_network_compiles_in_one_piece(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """Quantized attention, split shortcuts, tables of timesteps included, and once for all sizes of batches."""
@@ -274,7 +280,7 @@ def conditional_unet(quant: QuantConfig | None) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("quant", [None, QuantConfig(4, 8, True, split=True)])
+@pytest.mark.parametrize("quant", [pytest.param(None, marks=pytest.mark.thorough), QuantConfig(4, 8, True, split=True)])
 @torch.no_grad()
 def test_a_context_goes_through_half_precision_and_compilation(
     quant: QuantConfig | None, monkeypatch: pytest.MonkeyPatch

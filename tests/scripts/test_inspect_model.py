@@ -86,7 +86,9 @@ def test_calibrated_run_tells_its_losses_too(miniature: Miniature, tmp_path: Pat
     assert main([*published, "--out", str(out), "--force"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["churches", "classes"])
+@pytest.mark.parametrize(
+    "kind", ["classes", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("beds", "churches"))]
+)
 def test_latent_models_in_the_same_way(kind: str, latent, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     model = ["-r", str(latent(kind).ckpt), "-c", "4", "--device", "cpu", "--weight_bit", "4", "--quant_act", "--split"]

@@ -108,8 +108,10 @@ def test_weights_are_shared_by_recipes_that_differ_in_activations_only() -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"a_sym": False, "quant": {"timed_ranges": "all", "split_input": True}}],
-    ids=["published", "better"],
+    [
+        pytest.param({}, id="published", marks=pytest.mark.thorough),
+        pytest.param({"a_sym": False, "quant": {"timed_ranges": "all", "split_input": True}}, id="better"),
+    ],
 )
 def test_shared_weights_change_nothing(quick: tuple, tmp_path: Path, options: dict) -> None:
     """A checkpoint in two parts, weights and then activations, has the bytes of one calibrated in one go."""

@@ -272,7 +272,12 @@ class ConstantBatch(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "precision", "share"),
-    [("ae", "fp32", 0.6), ("ae", "bf16", 0.6), ("ldm", "fp32", 0.8), ("text", "bf16", 0.8)],
+    [
+        ("ae", "fp32", 0.6),
+        pytest.param("ae", "bf16", 0.6, marks=pytest.mark.thorough),
+        pytest.param("ldm", "fp32", 0.8, marks=pytest.mark.thorough),
+        ("text", "bf16", 0.8),
+    ],
 )
 def test_loss_falls_on_a_constant_batch(workplace: Path, kind: str, share: float, precision: str) -> None:
     torch.manual_seed(0)
