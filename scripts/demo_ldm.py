@@ -45,9 +45,9 @@ BUNDLED = {"bundled, published W4A8": "w4a8-published.safetensors", "bundled, op
 SEED = 7
 TIMESTEPS = 20
 SAMPLES_A_STEP = 16
-ITERATIONS, ITERATIONS_A, BATCH = 200, 40, 16
+ITERATIONS, ITERATIONS_A, BATCH = 160, 60, 8
 ROUNDING_RATE = 0.02  # of AdaRound: with a hundredth of the iterations each has to move further (default 0.001)
-IMAGES_AT_ONCE = 18
+IMAGES_AT_ONCE = 12
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-ldm"))
     parser.add_argument("--bundle", type=Path, default=EMOJI.folder, help="the model's folder [models/ldm/emoji64]")
-    parser.add_argument("--images", type=at_least(1), default=18, help="images of each variant, all classes in turn")
+    parser.add_argument("--images", type=at_least(1), default=12, help="images of each variant, all classes in turn")
     parser.add_argument("--iters", type=at_least(0), default=ITERATIONS, help="iterations a unit, weights")
     parser.add_argument("--iters_a", type=at_least(0), default=ITERATIONS_A, help="iterations a unit, activations")
     return parser

@@ -46,8 +46,8 @@ BUNDLED = {"bundled W4A8": "w4a8.safetensors"}
 SEED = 7
 TIMESTEPS = 20
 SAMPLES_A_STEP = 8  # each with its caption and without, as guidance asks the network
-ITERATIONS, ITERATIONS_A, BATCH = 160, 40, 16
-ROUNDING_RATE = 0.02  # of AdaRound: with a hundredth of the iterations each has to move further (default 0.001)
+ITERATIONS, ITERATIONS_A, BATCH = 120, 25, 16
+ROUNDING_RATE = 0.03  # of AdaRound: with a hundredth of the iterations each has to move further (default 0.001)
 IMAGES_AT_ONCE = 8
 
 

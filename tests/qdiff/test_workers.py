@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,13 @@ CONFIG = CalibrationConfig(iters=12, iters_a=12, batch_size=6, weight_lr=1e-2, l
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
-def losses(device: str = "cpu") -> list[tuple[float, float]]:
+def losses(device: str, engine: str) -> list[tuple[float, float]]:
     qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True)).to(device)
-    reports = calibrate(qnn, calibration_set(20), CONFIG)
+    reports = calibrate(qnn, calibration_set(20), dataclasses.replace(CONFIG, engine=engine))
     return [(report.loss_before, report.loss_after) for report in reports]
 
 
-def worker(rank: int, folder: str, kind: str) -> None:
+def worker(rank: int, folder: str, kind: str, engine: str) -> None:
     torch.set_num_threads(1)
     device, backend = ("cpu", "gloo") if kind == "cpu" else (f"cuda:{rank}", "nccl")
     if kind == "cuda":
@@ -33,16 +34,23 @@ def worker(rank: int, folder: str, kind: str) -> None:
     try:
         assert WORKERS.count == 2
         assert WORKERS.same({"from": rank}) == {"from": 0}
-        torch.save(losses(device), f"{folder}/{rank}.pt")
+        torch.save(losses(device, engine), f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-def test_two_processes_end_where_one_does(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("cpu", "fast"),
+        pytest.param("cpu", "eager", marks=pytest.mark.thorough),
+        pytest.param("cuda", "fast", marks=TWO_GPUS),
+    ],
+)
+def test_two_processes_end_where_one_does(tmp_path: Path, kind: str, engine: str) -> None:
     """Losses before and after every unit, weights and activations, within a thousandth."""
-    alone = losses(kind)
-    mp.start_processes(worker, (str(tmp_path), kind), nprocs=2, start_method="spawn")
+    alone = losses(kind, engine)
+    mp.start_processes(worker, (str(tmp_path), kind, engine), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
     assert len(first) == len(alone)
