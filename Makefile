@@ -41,7 +41,7 @@ demo-txt2img: $(READY)  ## the same for the text-to-image model of emoji; writes
 # together, because they share what was calibrated for them.
 test: $(READY)  ## run the tests; PYTEST_ARGS="..." narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-		$(or $(PYTEST_ARGS),-n $(WORKERS) --maxprocesses 8 --dist loadfile)
+		$(or $(PYTEST_ARGS),-n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 
 # The same tests, more of each: see docs/reliability.md. The wheel is installed with all it needs, from pip's index.
 test-full: export FUZZ_CASES := 2000
