@@ -386,7 +386,7 @@ def test_a_clock_that_goes_back(miniature, backwards: Commands, uninterrupted: P
     (folder,) = (out / "samples").iterdir()
     assert folder.name.startswith("2001-09-0"), "the clock does not go back"
     times = times_in(folder / "run.log")
-    assert len(set(times)) > 5
+    assert len(set(times)) > 3  # of five units, of which the last may be on the disk and not yet in the log
     assert times == sorted(times, reverse=True)
 
     backwards.start([*flags(miniature), "-l", str(folder)])
