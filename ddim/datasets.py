@@ -281,9 +281,11 @@ def _pillow_mode(channels: int) -> str:
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
     from torchvision.transforms.functional import resize
 
-    return images if images.shape[-1] == size else resize(images, [size, size], antialias=True)
+    return resize(images, [size, size], antialias=True)
 
 
 def _square(image: Image.Image, size: int) -> Tensor:

@@ -24,6 +24,7 @@ from qdiff.costs import FLOATS, Costs, Precision, count_costs, reported_sizes, u
 from qdiff.output_scale import OutputScale
 from qdiff.quant_model import QuantModel
 
+from ..cases import thorough_but
 from .conftest import CHANNELS, SIZE, SMALL, tiny_unet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,9 +85,7 @@ def counted(family: Family, quant: QuantConfig, **options: Any) -> Costs:
     return count_costs(model, family.image, family.context, precisions=precisions, **options)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.thorough) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", thorough_but(QUICK, FAMILIES))
 def test_macs_of_full_size_networks_are_those_of_torchs_counter(name: str) -> None:
     family = FAMILIES[name]
     begin = time.perf_counter()

@@ -169,8 +169,7 @@ def test_units_learn_the_same_with_kernels(path: str, monkeypatch: pytest.Monkey
     if INTERPRETED:  # which runs one program after the other: few large ones are faster
         from qdiff import triton_kernels
 
-        samples, iterations = 2, 1
-
+        samples, iterations = 2, 2
         monkeypatch.setattr(triton_kernels, "_ELEMENTS", 2**16)
         monkeypatch.setattr(triton_kernels, "_NORM_ROWS", 1024)
         monkeypatch.setattr(triton_kernels, "_NORM_WHOLE", 4096)

@@ -28,6 +28,7 @@ from qdiff.quant_layer import QUANTIZABLE, SplitQuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import TimedQuantizer, UniformAffineQuantizer
 
+from ..cases import thorough_but
 from ..ldm.unets import KINDS, latent_inputs, tiny_latent_unet
 from .test_capture import assert_same, observed
 
@@ -342,9 +343,7 @@ def output_error(qnn: QuantModel, kind: str) -> float:
     return float((got - full).square().sum() / full.square().sum())
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "transformer" else pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", thorough_but(["transformer"], KINDS))
 def test_targets_come_one_by_one_where_there_is_no_room_for_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits; and rounding variables that waited on the host are back."""
     few = dataclasses.replace(SHORT, iters=3, iters_a=2)

@@ -24,6 +24,7 @@ from qdiff.progress import CalibrationProgress, FinishedUnit, ProgressError, ide
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import TracePoint, UnitReport
 
+from ..cases import thorough_but
 from .conftest import SMALL, as_calibrated, calibration_set, wrapped
 
 pipeline = importlib.import_module("qdiff.calibrate")
@@ -109,9 +110,7 @@ def numbered(qnn: QuantModel) -> list[tuple[int, Any]]:
 ONE_OF_EACH = (0, 1, 2, 5)  # moments whose draws are all four places
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(n, marks=[] if n in ONE_OF_EACH else pytest.mark.thorough) for n in range(10)]
-)
+@pytest.mark.parametrize("moment", thorough_but(ONE_OF_EACH, range(10)))
 def test_dying_at_a_random_moment(moment: int, uninterrupted: tuple, tmp_path: Path, monkeypatch) -> None:
     """The files are those of an uninterrupted run; no finished unit is learned twice, none but the dying one lost."""
     draws = random.Random(moment)

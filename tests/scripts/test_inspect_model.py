@@ -12,6 +12,7 @@ import pytest
 from qdiff.cli.inspect_model import main
 from qdiff.cli.sample_ddim import main as sample_ddim
 
+from ..cases import thorough_but
 from .conftest import Miniature
 
 QUICK = ["--cali_st", "2", "--cali_n", "3", "--trajectories", "2", "--sensitivity_n", "1"]
@@ -86,9 +87,7 @@ def test_calibrated_run_tells_its_losses_too(miniature: Miniature, tmp_path: Pat
     assert main([*published, "--out", str(out), "--force"]) == 0
 
 
-@pytest.mark.parametrize(
-    "kind", ["classes", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("beds", "churches"))]
-)
+@pytest.mark.parametrize("kind", thorough_but(["classes"], ["beds", "churches", "classes"]))
 def test_latent_models_in_the_same_way(kind: str, latent, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     model = ["-r", str(latent(kind).ckpt), "-c", "4", "--device", "cpu", "--weight_bit", "4", "--quant_act", "--split"]

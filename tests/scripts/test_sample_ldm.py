@@ -23,10 +23,10 @@ from qdiff.cli.latent import LatentModel, LatentSampler, SamplerOptions
 from qdiff.cli.sample_ldm import build_parser, main
 from qdiff.cli.samplers import with_bar
 
+from ..cases import thorough_but
 from .latent_models import CLASSES, FACTORS, IMAGES, SHAPES, STEPS, LatentMiniature, pictures, psnr, sample
 
 KINDS = tuple(SHAPES)
-BEDS_FIRST = ["beds", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS if kind != "beds")]
 DOCUMENTED = [(kind, bits) for kind in KINDS for bits in (4, 8)]
 
 
@@ -256,7 +256,7 @@ def test_a_folder_and_safetensors_are_the_model_too(latent, full, tmp_path):
     assert torch.equal(pictures(sample(flags, tmp_path / "b")), pictures(full["churches"]))
 
 
-@pytest.mark.parametrize("kind", ["classes", pytest.param("churches", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", thorough_but(["classes"], ["churches", "classes"]))
 def test_half_precision_and_compilation(latent, calibrated, tmp_path, monkeypatch, kind):
     """Compiled once, for the doubled batch of guidance too, and the smaller last batch is filled up."""
     compiled = []
@@ -342,7 +342,7 @@ def ranges(folder: Path) -> dict[str, float]:
     return {name: float(value) for name, value in state.items() if "act_quantizer" in name and name.endswith("delta")}
 
 
-@pytest.mark.parametrize("kind", BEDS_FIRST)
+@pytest.mark.parametrize("kind", thorough_but(["beds"], KINDS))
 def test_running_statistics_reach_every_quantizer_or_only_those_after_softmax(latent, tmp_path, kind):
     flags = latent(kind).flags(*quantized(8), "--quant_mode", "linear", "--quant_act", "--a_min_max", "-n", 0)
     flags += latent(kind).calibration_flags()
@@ -359,7 +359,7 @@ def test_running_statistics_reach_every_quantizer_or_only_those_after_softmax(la
     assert all(name in maps and plain[name] == pytest.approx(1 / 255) for name in unmoved), unmoved
 
 
-@pytest.mark.parametrize("kind", BEDS_FIRST)
+@pytest.mark.parametrize("kind", thorough_but(["beds"], KINDS))
 def test_symmetric_quantizers_but_after_softmax(latent, tmp_path, kind):
     flags = latent(kind).flags(*quantized(8), "--quant_mode", "linear", "--quant_act", "-n", 0)
     flags += latent(kind).calibration_flags()
