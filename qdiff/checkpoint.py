@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -38,6 +39,7 @@ Shape = tuple[int, ...]
 
 FORMAT = "qdiff-packed"
 FORMAT_VERSION = 2  # of files with timed ranges, a split input or an output scale; all others are version 1
+_UNPACKED_AT_ONCE = 2**17  # bytes: what passes through stays in a CPU's cache
 PREFIX = "model."
 
 
@@ -191,21 +193,35 @@ def pack_bits(codes: Tensor, n_bits: int) -> Tensor:
         codes: uint8, any shape.
 
     Returns:
-        uint8, ceil(numel · n_bits / 8).
+        uint8, ceil(numel · n_bits / 8), on the device of ``codes``.
     """
-    flat = codes.flatten().numpy()
+    flat = codes.flatten()
     if n_bits == 8:
-        return torch.from_numpy(flat.copy())
-    bits = np.unpackbits(flat[:, None], axis=1, count=n_bits, bitorder="little")
-    return torch.from_numpy(np.packbits(bits, bitorder="little"))
+        return flat.clone()
+    if 8 % n_bits == 0:  # whole integers in a byte
+        in_a_byte = 8 // n_bits
+        columns = F.pad(flat, (0, -len(flat) % in_a_byte)).view(-1, in_a_byte).unbind(1)
+        packed = columns[0].clone()
+        for number, column in enumerate(columns[1:], start=1):
+            packed |= column << (n_bits * number)
+        return packed
+    bits = np.unpackbits(flat.cpu().numpy()[:, None], axis=1, count=n_bits, bitorder="little")
+    return torch.from_numpy(np.packbits(bits, bitorder="little")).to(codes.device)
 
 
 def unpack_bits(packed: Tensor, n_bits: int, count: int) -> Tensor:
-    """The ``count`` integers that :func:`pack_bits` packed: uint8, flat."""
+    """The ``count`` integers that :func:`pack_bits` packed: uint8, flat, on the device of ``packed``."""
     if n_bits == 8:
         return packed[:count].clone()
-    bits = np.unpackbits(packed.numpy(), count=count * n_bits, bitorder="little").reshape(count, n_bits)
-    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").squeeze(1))
+    if 8 % n_bits == 0:
+        codes = torch.empty(len(packed), 8 // n_bits, dtype=torch.uint8, device=packed.device)
+        block = _UNPACKED_AT_ONCE if packed.device.type == "cpu" else len(packed)
+        for some, packed_some in zip(codes.split(block), packed.split(block), strict=True):
+            for first, column in zip(range(0, 8, n_bits), some.unbind(1), strict=True):
+                column.copy_(packed_some >> first).bitwise_and_(2**n_bits - 1)
+        return codes.flatten()[:count]
+    bits = np.unpackbits(packed.cpu().numpy(), count=count * n_bits, bitorder="little").reshape(count, n_bits)
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").squeeze(1)).to(packed.device)
 
 
 def packed_length(count: int, n_bits: int) -> int:
@@ -497,8 +513,10 @@ def _load_packed(path: Path, qnn: QuantModel, *, quant_act: bool, keep_full_prec
     names = ("codes", "delta", "zero_point", "bias", "full")
     codes, deltas, zeros, biases, values = (_Cursor(tensors[name]) for name in names)
     for name, shape, cut, has_bias in index["layers"]:
+        place = layers[name].weight.device  # packed values travel there, an eighth of the bytes
         parts = [
-            _read_part(codes, deltas, zeros, part_shape, info.quant.weight_bit) for part_shape in _parts(shape, cut)
+            _read_part(codes, deltas, zeros, part_shape, info.quant.weight_bit, place)
+            for part_shape in _parts(shape, cut)
         ]
         try:
             layers[name].load_codes(parts, keep_full_precision=keep_full_precision)
@@ -629,12 +647,13 @@ class _Cursor:
 
 
 def _read_part(
-    codes: _Cursor, deltas: _Cursor, zeros: _Cursor, shape: list[int], n_bits: int
+    codes: _Cursor, deltas: _Cursor, zeros: _Cursor, shape: list[int], n_bits: int, place: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = math.prod(shape)
+    integers = unpack_bits(codes.take(packed_length(count, n_bits)).to(place), n_bits, count).view(shape)
     grid_shape = [shape[0]] + [1] * (len(shape) - 1)
-    integers = unpack_bits(codes.take(packed_length(count, n_bits)), n_bits, count).view(shape)
-    return integers, deltas.take(shape[0]).view(grid_shape), zeros.take(shape[0]).view(grid_shape)
+    delta, zero_point = (values.take(shape[0]).view(grid_shape).to(place) for values in (deltas, zeros))
+    return integers, delta, zero_point
 
 
 def _parts(shape: list[int], cut: int) -> list[list[int]]:

@@ -169,10 +169,10 @@ class QuantModule(nn.Module):
                 setattr(self, f"weight_quantizer{suffix}", _rounding_decisions(grid, own, codes.to(own.device)))
             else:
                 setattr(self, f"weight_quantizer{suffix}", grid)
-        self.bake()
-        if not keep_full_precision:
-            assert self.baked_weight is not None
-            self.weight = nn.Parameter(self.baked_weight, requires_grad=False)  # one tensor, not two that are equal
+        if keep_full_precision:
+            self.bake()
+        else:
+            self.baked_weight = self.weight.detach()  # one tensor: on the grid it is what the grid makes of it
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unbake()

@@ -358,4 +358,5 @@ def rounded_codes(weight: Tensor, alpha: Tensor, delta: Tensor, zero_point: Tens
 
 def dequantize_codes(codes: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:
     """Integers back to weights: (x_int - z) · δ, bit for bit what the quantizer itself computes."""
-    return (codes.to(delta.dtype) - zero_point.to(delta.dtype)) * delta
+    values = codes.to(delta.dtype, copy=True)
+    return values.sub_(zero_point.to(delta.dtype)).mul_(delta)

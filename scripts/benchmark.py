@@ -242,8 +242,8 @@ class Network(Protocol):
     def make(self, *, random: bool) -> nn.Module:
         """With its weights, or with random ones; a new one each time, on the CPU, in evaluation mode."""
 
-    def empty(self) -> nn.Module:
-        """For weights to come; a new one each time."""
+    def empty(self, device: torch.device) -> nn.Module:
+        """For weights to come, on the device; a new one each time."""
 
 
 class PixelNetwork:
@@ -266,8 +266,8 @@ class PixelNetwork:
             torch.manual_seed(0)
             return UNet.from_config(self.config).eval()
 
-    def empty(self) -> nn.Module:
-        return build(self.config)
+    def empty(self, device: torch.device) -> nn.Module:
+        return build(self.config).to(device)
 
 
 class LatentNetwork:
@@ -304,8 +304,8 @@ class LatentNetwork:
             raise UserError(f"{self.path}: of latent models only random weights are measured; say --random_weights")
         return copy.deepcopy(self._unet)
 
-    def empty(self) -> nn.Module:
-        return copy.deepcopy(self.diffusion.model.diffusion_model).to_empty(device="cpu").eval().requires_grad_(False)
+    def empty(self, device: torch.device) -> nn.Module:
+        return copy.deepcopy(self.diffusion.model.diffusion_model).to_empty(device=device).eval().requires_grad_(False)
 
     @cached_property
     def _unet(self) -> nn.Module:
@@ -853,7 +853,9 @@ def benchmark_loading(args: Any) -> Result:
         return result[0]
 
     info = timed("header", lambda: read_packed_info(args.cali_ckpt))
-    model = timed("network without weights", lambda: QuantModel.from_config(network.empty(), info.quant).eval())
+    model = timed(
+        "network without weights", lambda: QuantModel.from_config(network.empty(args.device), info.quant).eval()
+    )
     timed("weights", lambda: load_quantized(args.cali_ckpt, model, quant_act=info.quant.act_bit is not None))
     timed("onto the device", lambda: model.to(args.device))
     inference = inference_config(args)

@@ -245,12 +245,13 @@ class LatentModel:
         """``unet.<key>`` -> value: what decides the network's layers."""
         return {f"unet.{key}": value for key, value in self.layer_facts().items()}
 
-    def load(self, *, unet: bool = True) -> None:
+    def load(self, *, unet: bool = True, device: torch.device | str = "cpu") -> None:
         """Read the weights: averaged ones, where the model has them.
 
         Args:
             unet: whether the UNet's are wanted. Otherwise the file need not have them, they are not read, and the UNet
                 is left with memory for its weights and nothing in it.
+            device: where that memory is. Weights that are read are on the CPU.
 
         Raises:
             UserError: they are damaged or of another architecture.
@@ -261,7 +262,7 @@ class LatentModel:
         except ValueError as error:
             raise UserError(str(error)) from None
         if not unet:
-            self.unet.to_empty(device="cpu")
+            self.unet.to_empty(device=device)
         self.diffusion.eval().requires_grad_(False)
         logger.debug("full-precision weights from %s", self.checkpoint)
 

@@ -152,7 +152,7 @@ class LatentTask:
 
     def network(self, *, weights: bool) -> nn.Module:
         # A packed checkpoint has the UNet's weights, but first stage and embeddings are always those of the model.
-        self.model.load(unet=weights)
+        self.model.load(unet=weights, device=self.sampler.device)
         unet = self.model.unet
         self.model.diffusion.model.diffusion_model = nn.Identity()  # the caller's from now on, also on its device
         return unet

@@ -74,7 +74,9 @@ class SamplingTask(Protocol):
         ...
 
     def network(self, *, weights: bool) -> nn.Module:
-        """The UNet on the CPU in evaluation mode, with its full-precision weights where they are wanted.
+        """The UNet in evaluation mode: with its full-precision weights on the CPU where they are wanted.
+
+        Otherwise it has memory for them, which may be on the sampler's device already.
 
         Called once, before anything else of the model is used.
         """

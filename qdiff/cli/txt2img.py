@@ -255,7 +255,7 @@ class TextTask:
         )
 
     def network(self, *, weights: bool) -> nn.Module:
-        self.model.load(unet=weights)
+        self.model.load(unet=weights, device=self.sampler.device)
         unet = self.model.unet
         self.model.diffusion.model.diffusion_model = nn.Identity()  # the caller's from now on, also on its device
         return unet

@@ -100,6 +100,12 @@ def test_packed_bits_are_one_string_lowest_first(n_bits: int) -> None:
     assert bytes(pack_bits(torch.tensor(values, dtype=torch.uint8), n_bits).tolist()) == expected
 
 
+@pytest.mark.parametrize("n_bits", [2, 3, 4])
+def test_more_integers_than_are_unpacked_at_once(n_bits: int) -> None:
+    codes = torch.randint(2**n_bits, (3 * 2**17 * 8 // n_bits + 5,), dtype=torch.uint8)
+    assert torch.equal(unpack_bits(pack_bits(codes, n_bits), n_bits, len(codes)), codes)
+
+
 def test_two_four_bit_values_share_a_byte() -> None:
     assert pack_bits(torch.tensor([[0x3, 0xA], [0xF, 0x1]], dtype=torch.uint8), 4).tolist() == [0xA3, 0x1F]
 
@@ -222,6 +228,7 @@ def test_the_full_precision_weights_are_not_needed(saved, form: str) -> None:
     assert torch.equal(output(fresh), output(qnn))
     for layer in fresh.layers().values():
         assert layer.weight.data_ptr() == layer.baked_weight.data_ptr()
+        assert torch.equal(layer.baked_weight, layer.quantized_weight())
     assert not any(".alpha" in name for name in fresh.state_dict())
 
 
