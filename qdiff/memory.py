@@ -15,6 +15,8 @@ import itertools
 import logging
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,7 +269,8 @@ class MemoryPlan:
             seconds_of_pass: how long so many samples take through the network; asked only where it decides.
 
         Raises:
-            BudgetError: the GPU's part is too small even with all data elsewhere.
+            BudgetError: the GPU's part is too small even with all data elsewhere, or what has to lie in files has no
+                room there.
         """
         budget = budget or MemoryBudget()
         on_gpu = device.type == "cuda"
@@ -306,6 +309,15 @@ class MemoryPlan:
             return whole
         files = plan("disk", gpu, host)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
+        room = free_file_bytes(budget.folder)
+        if partly.file_bytes > room:  # of the two the one that takes less
+            raise BudgetError(
+                f"captured data need {partly.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(budget.folder)} "
+                f"has {room / GIB:.1f} GiB free; make room there, raise --cali_host_gb or --cali_gpu_gb, or lower "
+                "--cali_n"
+            )
+        if files.file_bytes > room:
+            return partly
         seconds = seconds_of_pass(chunk) * math.ceil(rows / chunk)
         quicker = partly.passes() * seconds < _TRAVELLED * features / _FILE_BYTES_PER_SECOND
         return partly if quicker else files
@@ -326,6 +338,8 @@ class MemoryPlan:
             filed = sum(self.gpu_rows(path) + self.pinned_rows(path) < self.rows for path in self.sizes.units)
             if filed:
                 parts.append(f"{filed} of {len(near)} units partly in files")
+        if self.file_bytes:
+            parts.append(f"files take up to {self.file_bytes / GIB:.2f} GiB")
         parts.append(f"the largest unit's take {largest:.2f} GiB")
         return "; ".join(parts)
 
@@ -353,6 +367,15 @@ class MemoryPlan:
             return self.rows * self.sizes.units[path]
         ring = self.ring_rows if self.pinned_rows(path) < self.rows - self.gpu_rows(path) else 0
         return (self.pinned_rows(path) + ring) * self.sizes.units[path]
+
+    @property
+    def file_bytes(self) -> int:
+        """What files take at most: features, where they lie there, and one unit's rows for which nothing else has room.
+
+        On a CPU all of a unit's rows are in memory.
+        """
+        rows = max(self.far_bytes(path) - self.pinned_rows(path) * size for path, size in self.sizes.units.items())
+        return (self.feature_bytes if self.features == "disk" else 0) + rows
 
     @property
     def ring_rows(self) -> int:
@@ -573,6 +596,15 @@ def free_host_bytes() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def free_file_bytes(folder: Path | None) -> int:
+    """What files of captured data may take, where they are made."""
+    return shutil.disk_usage(_folder_of_files(folder)).free
+
+
+def _folder_of_files(folder: Path | None) -> Path:
+    return Path(tempfile.gettempdir()) if folder is None else folder
 
 
 def resident_bytes() -> int:

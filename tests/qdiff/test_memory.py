@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,37 @@ def test_rows_on_the_host_need_room_beside_the_features() -> None:
     assert made.features == "host"
     assert made.arena_bytes == 100_000 + 20 * 400  # all of the budget, of what would be a little more
     assert plan(dataclasses.replace(budget, host_bytes=budget.host_bytes - 1), CUDA).features == "disk"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_files_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where features have none they are computed anew, however long that takes; rows that have none are an error."""
+    budget = MemoryBudget(gpu_bytes=20_600, host_bytes=4000, folder=tmp_path)
+    made = plan(budget, CUDA)
+    filed = made.far_bytes("large") - made.pinned_rows("large") * 400
+    assert (made.features, made.file_bytes) == ("disk", 100_000 + filed)
+    free = {tmp_path: 100_000 + filed}
+    monkeypatch.setattr("qdiff.memory.free_file_bytes", free.__getitem__)
+    assert plan(budget, CUDA).features == "disk"
+    free[tmp_path] -= 1
+    made = plan(budget, CUDA)
+    assert made.features == "partly"
+    assert made.file_bytes >= filed > 0
+    free[tmp_path] = made.file_bytes
+    assert plan(budget, CUDA).features == "partly"
+    free[tmp_path] -= 1
+    with pytest.raises(
+        BudgetError, match=re.escape(f"{tmp_path} has 0.0 GiB free; make room there, raise --cali_host_gb")
+    ):
+        plan(budget, CUDA)
+
+
+@pytest.mark.usefixtures("alone")
+def test_on_a_cpu_too_features_are_computed_anew_where_files_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = MemoryBudget(host_bytes=1000)
+    assert (plan(budget).features, plan(budget).file_bytes) == ("disk", 100_000)
+    monkeypatch.setattr("qdiff.memory.free_file_bytes", lambda folder: 99_999)
+    assert (plan(budget).features, plan(budget).file_bytes) == ("partly", 0)
 
 
 def test_the_process_itself_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
