@@ -309,18 +309,25 @@ class MemoryPlan:
             return whole
         files = plan("disk", gpu, host)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
-        room = free_file_bytes(budget.folder)
-        if partly.file_bytes > room:  # of the two the one that takes less
+        return partly if partly._instead_of(files, seconds_of_pass) else files
+
+    def _instead_of(self, files: MemoryPlan, seconds_of_pass: Callable[[int], float]) -> bool:
+        """Whether features that are computed anew in part are the better plan than features in files.
+
+        Raises:
+            BudgetError: neither can be had.
+        """
+        folder = self.budget.folder
+        room = free_file_bytes(folder)
+        if self.file_bytes > room:  # of the two the plan that takes less
             raise BudgetError(
-                f"captured data need {partly.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(budget.folder)} "
-                f"has {room / GIB:.1f} GiB free; make room there, raise --cali_host_gb or --cali_gpu_gb, or lower "
-                "--cali_n"
+                f"captured data need {self.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(folder)} has "
+                f"{room / GIB:.1f} GiB free; make room there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
         if files.file_bytes > room:
-            return partly
-        seconds = seconds_of_pass(chunk) * math.ceil(rows / chunk)
-        quicker = partly.passes() * seconds < _TRAVELLED * features / _FILE_BYTES_PER_SECOND
-        return partly if quicker else files
+            return True
+        seconds = seconds_of_pass(self.chunk) * math.ceil(self.rows / self.chunk)
+        return self.passes() * seconds < _TRAVELLED * files.feature_bytes / _FILE_BYTES_PER_SECOND
 
     def __str__(self) -> str:
         where = {
