@@ -131,6 +131,7 @@ class Frontier:
         chunk: samples run at once.
         device: where the network is; shelf: where features wait.
         kept: what waits before each stage; None: everything.
+        files: where those wait that are kept in files.
     """
 
     def __init__(
@@ -142,8 +143,10 @@ class Frontier:
         device: torch.device,
         shelf: Shelf,
         kept: Sequence[Kept] | None = None,
+        files: Shelf | None = None,
     ):
         self.unet, self.clock, self.device, self.shelf, self.kept = qnn.model, qnn.clock, device, shelf, kept
+        self._files = files or shelf
         self._stages, self._origins = self.unet.stages(), connection_origins(self.unet.stages())
         self._number = 0  # of the next stage
         parts = zip(*(x.split(chunk) for x in inputs), strict=True)
@@ -269,13 +272,18 @@ class Frontier:
 
     def _stored(self, flow: Any) -> Any:
         """What shall wait of a chunk behind the next stage; None: nothing."""
-        if self.kept is not None and self._number + 1 < len(self.kept):
-            trunk, skips = self.kept[self._number + 1]
-            if not trunk:
-                return None
-            pairs = zip(flow.skips, skips, strict=True)
-            flow = dataclasses.replace(flow, skips=[skip if keep else None for skip, keep in pairs])
-        return _once_each(flow, self.shelf.keep)
+        if self.kept is None or self._number + 1 >= len(self.kept):
+            return _once_each(flow, self.shelf.keep)
+        kept = self.kept[self._number + 1]
+        if not kept.trunk:
+            return None
+        skips = [skip if keep else None for skip, keep in zip(flow.skips, kept.skips, strict=True)]
+        # The newest connection may be the feature map itself.
+        on_the_host = {id(skip) for skip in skips if skip is not None and skip is not flow.h}
+        trunk = self._files if kept.filed else self.shelf
+        return _once_each(
+            dataclasses.replace(flow, skips=skips), lambda x: (self.shelf if id(x) in on_the_host else trunk).keep(x)
+        )
 
 
 def _once_each(flow: Any, place: Callable[[Tensor], Tensor]) -> Any:
@@ -340,7 +348,13 @@ class PairedCapture:
         kept = zip(*self.memory.kept(), strict=True) if self.memory.features == "partly" else (None, None)
         self._quantized, self._full = (
             Frontier(
-                qnn, inputs, chunk=self.memory.chunk, device=self.device, shelf=self._storage.shelf(), kept=network
+                qnn,
+                inputs,
+                chunk=self.memory.chunk,
+                device=self.device,
+                shelf=self._storage.shelf(),
+                kept=network,
+                files=self._storage.files(),
             )
             for network in kept
         )

@@ -2,8 +2,8 @@
 
 Two things are large. *Features*: the calibration set as it stands before the next stage, of both networks. *A unit's
 data*: its inputs and targets, of which every iteration takes a batch. A :class:`MemoryPlan` places the features as
-near as a budget allows: all of them on the GPU or on the host; or on the host as far as there is room and the rest
-computed anew from the set whenever it is wanted, if that is quicker than a file; or in files. Of each unit's data as
+near as a budget allows: all of them on the GPU or on the host; or on the host as far as there is room, and the rest
+in files or computed anew from the set whenever it is wanted, whichever is quicker; or all in files. Of each unit's data as
 many rows stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads by
 itself while it computes, and what does not fit there in files, from which they are read ahead.
 """
@@ -11,6 +11,7 @@ itself while it computes, and what does not fit there in files, from which they 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -210,14 +211,21 @@ class Kept(NamedTuple):
     Attributes:
         trunk: without it nothing is kept.
         skips: for each open U connection, the oldest first.
+        filed: the trunk waits in files; all else that waits is on the host.
     """
 
     trunk: bool
     skips: tuple[bool, ...]
+    filed: bool = False
 
     def bytes_of(self, boundary: Boundary) -> int:
-        """What it takes, a sample."""
-        return self.trunk * boundary.trunk + sum(itertools.compress(boundary.skips, self.skips))
+        """What it takes of the host, a sample."""
+        trunk = boundary.trunk if self.trunk and not self.filed else 0
+        return trunk + sum(itertools.compress(boundary.skips, self.skips))
+
+    def file_bytes_of(self, boundary: Boundary) -> int:
+        """What it takes in files, a sample."""
+        return boundary.trunk if self.filed else 0
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,8 @@ class MemoryPlan:
         unit_gpu_bytes: for one unit's data on the GPU; unit_host_bytes: in pinned memory.
         host_bytes: for both.
         batch: samples that are learned from at once.
+        pass_seconds: how long the whole set takes through the network; file_room: bytes for files. Of plans that
+            compute a part of the features anew.
     """
 
     rows: int
@@ -244,6 +254,8 @@ class MemoryPlan:
     on_gpu: bool
     batch: int = 0
     budget: MemoryBudget = field(default_factory=MemoryBudget)
+    pass_seconds: float = 0.0
+    file_room: int = 0
 
     @classmethod
     def make(
@@ -309,33 +321,28 @@ class MemoryPlan:
             return whole
         files = plan("disk", gpu, host)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
-        return partly if partly._instead_of(files, seconds_of_pass) else files
-
-    def _instead_of(self, files: MemoryPlan, seconds_of_pass: Callable[[int], float]) -> bool:
-        """Whether features that are computed anew in part are the better plan than features in files.
-
-        Raises:
-            BudgetError: neither can be had.
-        """
-        folder = self.budget.folder
-        room = free_file_bytes(folder)
-        if self.file_bytes > room:  # of the two the plan that takes less
+        room = free_file_bytes(budget.folder)
+        if partly.file_bytes > room:  # of the two the plan that takes less
             raise BudgetError(
-                f"captured data need {self.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(folder)} has "
-                f"{room / GIB:.1f} GiB free; make room there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
+                f"captured data need {partly.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(budget.folder)} "
+                f"has {room / GIB:.1f} GiB free; make room there, raise --cali_host_gb or --cali_gpu_gb, or lower "
+                "--cali_n"
             )
+        seconds = seconds_of_pass(chunk) * math.ceil(rows / chunk)
+        partly = dataclasses.replace(partly, pass_seconds=seconds, file_room=room)
         if files.file_bytes > room:
-            return True
-        seconds = seconds_of_pass(self.chunk) * math.ceil(self.rows / self.chunk)
-        return self.passes() * seconds < _TRAVELLED * files.feature_bytes / _FILE_BYTES_PER_SECOND
+            return partly
+        quicker = partly.feature_seconds() < _TRAVELLED * features / _FILE_BYTES_PER_SECOND
+        return partly if quicker else files
 
     def __str__(self) -> str:
         where = {
             "gpu": "on the GPU",
             "host": "in host memory",
             "partly": "in host memory as far as there is room, computed anew where not",
+            "filed": "in host memory as far as there is room, in files or computed anew where not",
             "disk": "in files",
-        }[self.features]
+        }["filed" if any(kept.filed for kept in self._all_kept()) else self.features]
         near = [self.gpu_rows(path) for path in self.sizes.units]
         parts = [f"{self.feature_bytes / GIB:.2f} GiB of features {where}, {self.chunk} samples at once"]
         largest = self.rows * max(self.sizes.units.values()) / GIB
@@ -365,9 +372,6 @@ class MemoryPlan:
         """What of a unit's data has no room where it computes."""
         return (self.rows - self.gpu_rows(path)) * self.sizes.units[path]
 
-    def _units_on_host(self, boundary: Boundary) -> int:
-        return max(map(self.unit_on_host, boundary.units), default=0)  # one after the other
-
     def unit_on_host(self, path: str) -> int:
         """What a unit's data take in host memory, files not counted."""
         if not self.on_gpu:
@@ -377,12 +381,19 @@ class MemoryPlan:
 
     @property
     def file_bytes(self) -> int:
-        """What files take at most: features, where they lie there, and one unit's rows for which nothing else has room.
+        """What files take at most: features, as far as they lie there, and rows for which nothing else has room.
 
         On a CPU all of a unit's rows are in memory.
         """
-        rows = max(self.far_bytes(path) - self.pinned_rows(path) * size for path, size in self.sizes.units.items())
-        return (self.feature_bytes if self.features == "disk" else 0) + rows
+        rows = max(map(self._filed_bytes, self.sizes.units))
+        if self.features != "partly":
+            return rows + (self.feature_bytes if self.features == "disk" else 0)
+        waiting = zip(self._rows_around(self._filed_bytes), self._around(Kept.file_bytes_of), strict=True)
+        return max([rows, *(filed + quantized + max(full, after) for filed, (quantized, full, after) in waiting)])
+
+    def _filed_bytes(self, path: str) -> int:
+        """What of a unit's rows is in a file."""
+        return self.far_bytes(path) - self.pinned_rows(path) * self.sizes.units[path]
 
     @property
     def ring_rows(self) -> int:
@@ -411,50 +422,79 @@ class MemoryPlan:
         there: list[list[bool]] = [[], []]  # of each network, the open connections that are there still
         kept: list[tuple[Kept, Kept]] = []
         host = self.host_bytes / _ARENA_SLACK
-        ahead = host  # what the full-precision network may take: it moves on while the stage before is still learned
-        for boundary, units in zip(self.sizes.boundaries, self._rows_on_host(), strict=True):
-            room = [host - units, ahead]  # for both networks; for the full-precision one
-
-            def take(network: int, size: int, room: list[float] = room) -> bool:
-                if size > min(room[: network + 1]):
-                    return False
-                room[0] -= size
-                room[1] -= size * network
-                return True
-
-            trunks = [take(network, self.rows * boundary.trunk) for network in range(2)]
+        # What the full-precision network may take: it moves on while the stage before is still learned.
+        ahead, files_ahead = host, float(self.file_room)
+        pinned, filed_rows = self._rows_around(self.unit_on_host), self._rows_around(self._filed_bytes)
+        for number, boundary in enumerate(self.sizes.boundaries):
+            trunk = self.rows * boundary.trunk
+            memory = _Room(host - pinned[number], ahead)
+            disk = _Room(self.file_room - filed_rows[number], files_ahead)
+            on_host = [memory.take(network, trunk) for network in range(2)]
+            filed = [
+                not on_host[network] and self._worth_a_file(number, network) and disk.take(network, trunk)
+                for network in range(2)
+            ]
+            trunks = [any(places) for places in zip(on_host, filed, strict=True)]
             for open_ in there:
                 open_[:] = (open_ + [True] * len(boundary.skips))[: len(boundary.skips)]
-            for number in sorted(range(len(boundary.skips)), key=lambda i: boundary.skips[i]):
+            for skip in sorted(range(len(boundary.skips)), key=lambda i: boundary.skips[i]):
                 for network, open_ in enumerate(there):
-                    open_[number] = (
-                        open_[number] and trunks[network] and take(network, self.rows * boundary.skips[number])
-                    )
-            quantized, full = (Kept(trunk, tuple(open_)) for trunk, open_ in zip(trunks, there, strict=True))
+                    size = self.rows * boundary.skips[skip]
+                    open_[skip] = open_[skip] and trunks[network] and memory.take(network, size)
+            quantized, full = (
+                Kept(waits, tuple(open_), in_file) for waits, open_, in_file in zip(trunks, there, filed, strict=True)
+            )
             kept.append((quantized, full))
-            for open_, trunk in zip(there, trunks, strict=True):
-                if not trunk:  # the next stage is reached from the set, with all connections
+            for open_, waits in zip(there, trunks, strict=True):
+                if not waits:  # the next stage is reached from the set, with all connections
                     open_[:] = [True] * len(open_)
-            ahead = host - units - self.rows * kept[-1][0].bytes_of(boundary)
+            ahead = host - pinned[number] - self.rows * quantized.bytes_of(boundary)
+            files_ahead = self.file_room - filed_rows[number] - self.rows * quantized.file_bytes_of(boundary)
         return kept
 
-    def _rows_on_host(self) -> list[int]:
-        """Bytes of units' rows while features wait before each stage, until they wait before the next one."""
-        units = [self._units_on_host(boundary) for boundary in self.sizes.boundaries]
+    def _worth_a_file(self, number: int, network: int) -> bool:
+        """Whether the feature map before a stage is sooner read from a file than computed anew."""
+        sweeps = self._sweeps(number)[network]
+        anew = sweeps * number / len(self.sizes.boundaries) * self.pass_seconds
+        travelled = (1 + sweeps) * self.rows * self.sizes.boundaries[number].trunk  # written once
+        return travelled / _FILE_BYTES_PER_SECOND < anew
+
+    def _sweeps(self, number: int) -> tuple[int, int]:
+        """How often the set passes a stage, for the quantized and the full-precision network.
+
+        The way on, and inputs of each unit but the first, which are taken on the way here; targets on the way on, of
+        all units at once where there is room.
+        """
+        units = self.sizes.boundaries[number].units
+        each = max(1, len(units))
+        return each, 1 if not units or self.together(units) else each
+
+    def _rows_around(self, bytes_of: Callable[[str], int]) -> list[int]:
+        """Most bytes of a unit's rows while features wait before each stage, until they wait before the next one."""
+        units = [max(map(bytes_of, boundary.units), default=0) for boundary in self.sizes.boundaries]
         return [max(pair) for pair in itertools.pairwise([*units, 0])]
+
+    def _all_kept(self) -> Iterator[Kept]:
+        return itertools.chain.from_iterable(self.kept() if self.features == "partly" else ())
 
     def passes(self) -> float:
         """Forward passes in which a phase computes anew what is not kept; all stages are taken to cost the same."""
         total = 0.0
         for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
-            # The way on, and inputs of each unit but the first, which are taken on the way here; targets on the way on.
-            sweeps = max(1, len(boundary.units)), 1
-            for kept, times in zip(networks, sweeps, strict=True):
+            for kept, times in zip(networks, self._sweeps(number), strict=True):
                 if not kept.trunk:
                     total += times * number
                 elif boundary.origin is not None and not kept.skips[-1]:
                     total += times * boundary.origin
         return total / max(1, len(self.sizes.boundaries))
+
+    def feature_seconds(self) -> float:
+        """What a phase takes for features that are not on the host: computing them anew, and files."""
+        travelled = 0
+        for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
+            for kept, times in zip(networks, self._sweeps(number), strict=True):
+                travelled += (1 + times) * self.rows * kept.file_bytes_of(boundary)
+        return self.passes() * self.pass_seconds + travelled / _FILE_BYTES_PER_SECOND
 
     @property
     def arena_bytes(self) -> int:
@@ -470,13 +510,38 @@ class MemoryPlan:
 
     def _waiting(self) -> Iterator[int]:
         """Bytes on the host before each stage, and while the full-precision network moves on from there."""
-        bytes_of = [
-            [self.rows * kept.bytes_of(boundary) for kept in networks]
+        for units, (quantized, full, after) in zip(
+            self._rows_around(self.unit_on_host), self._around(Kept.bytes_of), strict=True
+        ):
+            yield units + quantized + max(full, after)
+
+    def _around(self, bytes_of: Callable[[Kept, Boundary], int]) -> Iterator[tuple[int, int, int]]:
+        """Before each stage: what the quantized network's features take, full precision's, and these a stage later."""
+        sizes = [
+            [self.rows * bytes_of(kept, boundary) for kept in networks]
             for boundary, networks in zip(self.sizes.boundaries, self.kept(), strict=True)
         ]
-        after = [full for _, full in bytes_of[1:]] + [0]
-        for units, (quantized, full), full_after in zip(self._rows_on_host(), bytes_of, after, strict=True):
-            yield units + quantized + max(full, full_after)
+        after = [full for _, full in [*sizes, [0, 0]][1:]]
+        return ((quantized, full, later) for (quantized, full), later in zip(sizes, after, strict=True))
+
+
+class _Room:
+    """Room for the features of both networks before a stage.
+
+    Args:
+        both: bytes for both; full: for the full-precision one, number 1, which may not have all of it.
+    """
+
+    def __init__(self, both: float, full: float):
+        self._left = [both, full]
+
+    def take(self, network: int, size: int) -> bool:
+        """Whether there was so much for a network; it is taken then."""
+        if size > min(self._left[: network + 1]):
+            return False
+        self._left[0] -= size
+        self._left[1] -= size * network
+        return True
 
 
 class Storage:
@@ -503,6 +568,10 @@ class Storage:
         """A place for one network's features."""
         plan = self.plan
         return Shelf(plan.features, compact=plan.compact, folder=plan.budget.folder, arena=self.arena)
+
+    def files(self) -> Shelf:
+        """A place in files."""
+        return Shelf("disk", compact=self.plan.compact, folder=self.plan.budget.folder)
 
     def collector(self, unit: Any) -> Collector:
         """A place for a unit's inputs, or its outputs."""

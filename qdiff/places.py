@@ -73,10 +73,10 @@ class Shelf:
             return x
         if self.place == "disk":
             return x if x.device.type == "cpu" and _is_mapped(x) else mapped_empty(x, self.folder).copy_(x)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not _is_mapped(x):
             return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
         flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
-        return x.cpu() if flat is None else _laid_out_like(flat, x).copy_(x)
+        return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
 
 
 def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from qdiff import places
 from qdiff.calibrate import find_act_ranges
 from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.config import QuantConfig
@@ -192,8 +194,8 @@ def test_rows_of_a_tail_follow() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_what_is_computed_anew_is_what_was_kept(share: float) -> None:
-    """To the bit, in half precision too, on both sides of a unit, whichever features are kept."""
+def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) -> None:
+    """To the bit, in half precision too, on both sides of a unit, whatever is kept, on the host or in files."""
     qnn = with_grids(QuantConfig(4, split=True))
     inputs = noisy_inputs(5)
     options = {"chunk": 2, "device": torch.device("cpu")}
@@ -201,10 +203,18 @@ def test_what_is_computed_anew_is_what_was_kept(share: float) -> None:
     draw = random.Random(7)
     sizes = measure(qnn, tuple(x[:1] for x in inputs), compact=True)
     some = [
-        Kept(trunk := draw.random() < share, tuple(trunk and draw.random() < share for _ in boundary.skips))
+        Kept(
+            trunk := draw.random() < share,
+            tuple(trunk and draw.random() < share for _ in boundary.skips),
+            filed=trunk and draw.random() < 0.5,
+        )
         for boundary in sizes.boundaries
     ]
-    frontiers = Frontier(qnn, inputs, shelf=shelf, **options), Frontier(qnn, inputs, shelf=host, kept=some, **options)
+    files = Shelf("disk", compact=True, folder=tmp_path)
+    frontiers = (
+        Frontier(qnn, inputs, shelf=shelf, **options),
+        Frontier(qnn, inputs, shelf=host, kept=some, files=files, **options),
+    )
 
     def found(collector: Collector) -> list[Tensor]:
         return [*collector.parts().near]
@@ -218,6 +228,10 @@ def test_what_is_computed_anew_is_what_was_kept(share: float) -> None:
         for unit in units:
             pairs = zip(*(found(out[unit.path]) for out in outputs), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
+        waits = list(frontiers[1].waiting())
+        in_files = {id(x) for x in waits if x.is_floating_point() and places._is_mapped(x)}
+        after = qnn.model.stages().index(stage) + 1
+        assert bool(in_files) == (after < len(some) and some[after].filed)
 
 
 def test_stages_come_in_order() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
+import math
 import os
 import re
 from pathlib import Path
@@ -28,7 +29,7 @@ from qdiff.memory import (
     samples_at_once,
 )
 from qdiff.pinned import Arena
-from qdiff.places import Collector, Shelf, mapped_empty, unpacked
+from qdiff.places import Collector, Shelf, _is_mapped, mapped_empty, unpacked
 
 from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
 
@@ -179,6 +180,25 @@ def test_what_is_kept_where_there_is_little_room() -> None:
     assert quantized[6] == full[6] == Kept(True, (True,))  # of full precision again: the way there began at the set
     # full[1] and full[2]: 1 and 2 stages; quantized[5] and full[5]: up to the connection (2), and all the way (5)
     assert made.passes() == pytest.approx((1 + 2 + 2 + 5) / 7)
+
+
+def test_feature_maps_lie_in_files_where_these_are_quicker() -> None:
+    """With 660 bytes of the host, as above, and room for 600 in files: those of full[1], full[2] and one of the 5th."""
+    in_memory = route_plan(660)
+    made = dataclasses.replace(in_memory, pass_seconds=1.0, file_room=600)
+    quantized, full = zip(*made.kept(), strict=True)
+    assert [kept.filed for kept in quantized] == [False, False, False, False, False, False, False]
+    assert [kept.filed for kept in full] == [False, True, True, False, False, True, False]
+    assert full[1] == Kept(True, (True,), filed=True)
+    assert full[2] == Kept(True, (True, True), filed=True)  # its connections are small
+    assert made.passes() == pytest.approx((2 + 2) / 7)  # the connection that quantized[5] and full[5] have not
+    assert made.file_bytes == 400
+    assert made.feature_seconds() == pytest.approx(4 / 7 + 2 * (200 + 200 + 400) / 1e9)
+    assert in_memory.feature_seconds() == 0.0  # a pass takes no time
+    assert "in files or computed anew where not" in str(made)
+    assert dataclasses.replace(made, file_room=399).kept()[5][1].filed is False
+    slow = dataclasses.replace(made, pass_seconds=1e-9)
+    assert slow.kept() == in_memory.kept()
 
 
 def test_rows_for_which_there_is_no_room_lie_in_a_file() -> None:
@@ -415,16 +435,22 @@ def test_free_memory_is_found() -> None:
 # Places.
 
 
-@pytest.mark.parametrize("place", ["host", "disk"])
+PLACE_OF_OTHERS = {"host": "disk", "disk": "host"}
+
+
+@pytest.mark.parametrize("place", PLACE_OF_OTHERS)
 @pytest.mark.parametrize("compact", [False, True])
 def test_shelves_give_back_what_was_put_on_them(place: str, compact: bool, tmp_path: Path) -> None:
-    shelf = Shelf(place, compact=compact, folder=tmp_path)
+    shelf, other = (Shelf(where, compact=compact, folder=tmp_path) for where in (place, PLACE_OF_OTHERS[place]))
     x = torch.randn(3, 4, 5, 6).half().float().contiguous(memory_format=torch.channels_last)
     kept = shelf.keep(x)
     assert kept.dtype == (torch.float16 if compact else torch.float32)
     assert torch.equal(unpacked(kept), x)
     assert kept.is_contiguous(memory_format=torch.channels_last)
     assert shelf.keep(kept) is kept
+    moved = other.keep(kept)  # out of a file too
+    assert _is_mapped(moved) != _is_mapped(kept)
+    assert torch.equal(moved, kept)
     t = torch.tensor([999.0, 1.0])
     assert torch.equal(shelf.keep(t), t)
     assert not list(tmp_path.iterdir())  # files have no name: a killed process leaves none behind
@@ -481,9 +507,10 @@ def test_missing_rows_are_noticed() -> None:
 
 PLACES = {
     "features in host memory": (None, 1e9),
-    "in files": (MemoryBudget(host_bytes=1000), 1e9),
-    "computed anew where not": (MemoryBudget(host_bytes=1000), 1.0),  # where files are slow
+    "features in files": (MemoryBudget(host_bytes=1000), 1e9),
+    "room, computed anew where not": (MemoryBudget(host_bytes=1000), 1.0),  # where files are slow
     "as far as there is room": (MemoryBudget(host_bytes=300_000), 1.0),
+    "in files or computed anew where not": (MemoryBudget(host_bytes=1000), 1e15),
 }
 
 
@@ -494,6 +521,7 @@ def test_a_budget_changes_nothing_but_the_place(
     results = []
     for place, (budget, rate) in PLACES.items():
         monkeypatch.setattr("qdiff.memory._FILE_BYTES_PER_SECOND", rate)
+        monkeypatch.setattr("qdiff.memory._TRAVELLED", 6 if rate < 1e15 else math.inf)  # all of it: never
         budget = budget and dataclasses.replace(budget, folder=tmp_path)
         qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True))
         with caplog.at_level("INFO", "qdiff"):
