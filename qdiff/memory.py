@@ -3,9 +3,9 @@
 Two things are large. *Features*: the calibration set as it stands before the next stage, of both networks. *A unit's
 data*: its inputs and targets, of which every iteration takes a batch. A :class:`MemoryPlan` places the features as
 near as a budget allows: all of them on the GPU or on the host; or on the host as far as there is room, and the rest
-in files or computed anew from the set whenever it is wanted, whichever is quicker; or all in files. Of each unit's data as
-many rows stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads by
-itself while it computes, and what does not fit there in files, from which they are read ahead.
+in files or computed anew from the set whenever it is wanted, whichever is quicker; or all in files. Of each unit's
+data as many rows stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads
+by itself while it computes, and what does not fit there in files, from which they are read ahead.
 """
 
 from __future__ import annotations
