@@ -17,6 +17,8 @@ from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QUANTIZABLE, QuantModule, SignedInputQuantModule, SplitQuantModule
 from qdiff.quantizers import AdaRoundQuantizer, TimedQuantizer, UniformAffineQuantizer
 
+UNQUANTIZED_MAP = 16  # bits of a softmax map that stand for no quantization
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -47,6 +49,19 @@ class Unit:
             if isinstance(block, BaseQuantBlock):
                 quantizers += block.block_act_quantizers()
         return quantizers
+
+    def learnable_act_quantizers(self) -> list[UniformAffineQuantizer]:
+        """Those whose step sizes are learned: all but softmax maps' in 16 bits, which stand for no quantization.
+
+        Such a step is a fraction of Adam's, whose first one would make another grid of it: of 4096 positions' weights
+        most would round to nothing.
+        """
+        maps = {
+            id(block.attention_quantizers()["w"])
+            for block in self.module.modules()
+            if isinstance(block, BaseQuantBlock) and block.attention_quantizers()
+        }
+        return [q for q in self.act_quantizers() if id(q) not in maps or q.config.n_bits < UNQUANTIZED_MAP]
 
     def parameter_count(self) -> int:
         """Weights and biases of the layers."""

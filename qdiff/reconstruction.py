@@ -147,7 +147,10 @@ def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *
 
 
 def reconstruct_activations(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:
-    """Learn the step sizes of one unit's activation quantizers, whose ranges must be set; zero points stay."""
+    """Learn step sizes of one unit's activation quantizers, whose ranges must be set; zero points stay.
+
+    Softmax maps in 16 bits keep theirs (:meth:`Unit.learnable_act_quantizers`).
+    """
     started = _start(unit)
     with evaluating(unit.module), frozen_parameters(unit.module):
         unit.module.set_quant_state(True, True)
@@ -156,7 +159,7 @@ def reconstruct_activations(unit: Unit, data: UnitData, config: CalibrationConfi
         def learner(rate: float) -> Learner:
             schedule = cosine_schedule(config.iters_a, rate, device_of(unit))
             make = _EagerSteps if config.engine == "eager" else StepLearner
-            return make(unit.act_quantizers(), schedule)
+            return make(unit.learnable_act_quantizers(), schedule)
 
         def loss() -> float:
             return fixed_batch_loss(unit, data, p=config.p, batch_size=config.batch_size)

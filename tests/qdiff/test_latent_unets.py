@@ -383,6 +383,24 @@ def test_calibration_end_to_end(kind: str, tmp_path: Path) -> None:
             assert torch.equal(resumed(*inputs), expected), name
 
 
+@pytest.mark.parametrize("engine", ["fast", "eager"])
+@pytest.mark.parametrize("kind", ["transformer", "head_channels"])
+def test_steps_of_softmax_maps_in_16_bits_stay(kind: str, engine: str) -> None:
+    """Adam moves a step by its rate, which would be many of theirs."""
+    learned = {}
+    for bits in (8, 16):
+        qnn = wrapped(kind, dataclasses.replace(W4A8, act_bit=16 if bits == 16 else 8, sm_abit=bits))
+        calibrate(qnn, calibration_set(kind), dataclasses.replace(SHORT, iters=1, iters_a=0, engine=engine))
+        before = {path: quantizer.delta.clone() for path, quantizer in qnn.act_quantizers().items()}
+        rest = [q for unit in qnn.units() for q in unit.act_quantizers() if q not in unit.learnable_act_quantizers()]
+        calibrate(qnn, calibration_set(kind), dataclasses.replace(SHORT, iters=1, iters_a=2, engine=engine))
+        learned[bits] = {path for path, q in qnn.act_quantizers().items() if not torch.equal(q.delta, before[path])}
+        assert rest == ([] if bits == 8 else softmax_quantizers(qnn))
+    assert any(path.endswith("act_quantizer_w") for path in learned[8])
+    assert learned[16]
+    assert not any(path.endswith("act_quantizer_w") for path in learned[16])
+
+
 @pytest.mark.parametrize("softmax_only", [False, True])
 def test_running_statistics_reach_the_products_of_attention(softmax_only: bool) -> None:
     qnn = with_grids("transformer")
