@@ -6,7 +6,9 @@ gradients are far below its smallest numbers. Powers of two, chosen on the devic
 bring each into range and are divided out exactly.
 
 Where the softmax map is quantized it must be a tensor, for some blocks a very large one: :func:`by_heads` keeps only a
-part of it at a time. So it is where attention must not be fused, for the sake of the same bits every time.
+part of it at a time. So it is where attention must not be fused, for the sake of the same bits every time. A map in 16
+bits, which stand for no quantization, need not be rounded while it is learned from in TF32 or bfloat16, whose products
+are rounded as much: :func:`unrounded_maps`.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that a calibration keeps whole
 PART_OF_MAP = 2**29  # what it keeps at a time of a larger one
+UNQUANTIZED_MAP = 16  # bits of a softmax map that stand for no quantization
 _in_half = contextvars.ContextVar("_in_half", default=False)
 _sparing = contextvars.ContextVar("_sparing", default=False)
 _unfused = contextvars.ContextVar("_unfused", default=False)
+_unrounded = contextvars.ContextVar("_unrounded", default=False)
 # Largest gradient in float16. A key that all of 8192 positions attend to adds up to 65 536, where float16 ends.
 _LARGEST_GRADIENT = 3  # as a power of two
 
@@ -40,6 +44,21 @@ def half_precision(on: bool) -> Iterator[None]:
         yield
     finally:
         _in_half.reset(token)
+
+
+@contextlib.contextmanager
+def unrounded_maps(on: bool) -> Iterator[None]:
+    """Whether softmax maps in 16 bits stay unrounded inside the ``with`` block, where gradients are wanted."""
+    token = _unrounded.set(on)
+    try:
+        yield
+    finally:
+        _unrounded.reset(token)
+
+
+def rounds_map(bits: int) -> bool:
+    """Whether a softmax map of so many bits is to be rounded here and now."""
+    return not (bits >= UNQUANTIZED_MAP and _unrounded.get() and torch.is_grad_enabled())
 
 
 @contextlib.contextmanager

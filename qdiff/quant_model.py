@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdiff.adapters import Stage, StagedNetwork, find_adapter
+from qdiff.attention import UNQUANTIZED_MAP
 from qdiff.clock import Clock
 from qdiff.config import QuantConfig, QuantizerConfig, TimedRanges
 from qdiff.output_scale import OutputScale
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QUANTIZABLE, QuantModule, SignedInputQuantModule, SplitQuantModule
 from qdiff.quantizers import AdaRoundQuantizer, TimedQuantizer, UniformAffineQuantizer
-
-UNQUANTIZED_MAP = 16  # bits of a softmax map that stand for no quantization
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qdiff import fused
-from qdiff.attention import half_precision, sparing
+from qdiff.attention import half_precision, sparing, unrounded_maps
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig
 from qdiff.graphs import recording, side_stream
@@ -340,11 +340,13 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
     cudnn.deterministic = config.deterministic
     kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
     half = config.precision == "bf16" and config.engine != "eager"
+    quick = cudnn.allow_tf32 and not config.deterministic
     try:
         with (
             kernels,
             sparing(unfused=config.deterministic),
-            half_precision(cudnn.allow_tf32 and not half and not config.deterministic),
+            half_precision(quick and not half),
+            unrounded_maps(quick),
             torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
         ):
             yield

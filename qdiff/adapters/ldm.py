@@ -13,7 +13,7 @@ from ldm.modules.attention import AttentionBlock, CrossAttention, TransformerBlo
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff import fused
 from qdiff.adapters import Adapter
-from qdiff.attention import attention, by_heads
+from qdiff.attention import attention, by_heads, rounds_map
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -110,6 +110,8 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         if not self.use_act_quant:
             return super().attend(q, k, v)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
+        if not rounds_map(self.act_quantizer_w.config.n_bits):
+            return super().attend(q, k, v)
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L

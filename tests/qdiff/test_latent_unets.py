@@ -272,6 +272,36 @@ def test_large_maps_are_learned_from_by_parts(kind: str, grad_ckpt: bool, monkey
     assert max(seen) == heads
 
 
+@pytest.mark.parametrize(("bits", "rounded"), [(16, False), (8, True)])
+def test_maps_in_16_bits_need_not_be_rounded_while_they_are_learned_from(bits: int, rounded: bool) -> None:
+    """Nearly the same gradients without a map in memory; without gradients maps are rounded all the same."""
+    qnn, seen = with_grids("transformer", dataclasses.replace(W4A8, sm_abit=bits)), []
+    for quantizer in softmax_quantizers(qnn):
+        quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+
+    block = next(module for module in qnn.modules() if isinstance(module, CrossAttention))
+    block.attention_quantizers()["w"].set_grid(torch.tensor(1 / (2**bits - 1)), torch.tensor(0.0))  # all of [0, 1]
+    qkv = [torch.randn(2, 4, 24, 8, requires_grad=True) for _ in range(3)]
+
+    def gradients() -> list[Tensor]:
+        out = block.attend(*qkv)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), qkv)]
+
+    exact = gradients()
+    assert seen
+    seen.clear()
+    with attention.unrounded_maps(True):
+        found = gradients()
+        assert bool(seen) == rounded
+        seen.clear()
+        with torch.no_grad():
+            assert torch.equal(block.attend(*qkv), exact[0])
+        assert seen
+    for one, other in zip(found, exact, strict=True):
+        assert torch.equal(one, other) == rounded
+        assert (one - other).norm() <= 1e-3 * other.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_maps_pass_by_parts_while_a_calibration_spares_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same values; but what looks at a quantizer sees the whole map."""
