@@ -37,23 +37,22 @@ _LARGEST_GRADIENT = 3  # as a power of two
 
 
 @contextlib.contextmanager
-def half_precision(on: bool) -> Iterator[None]:
+def _holding(variable: contextvars.ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def half_precision(on: bool) -> contextlib.AbstractContextManager[None]:
     """Whether :func:`attention` may compute in float16 inside the ``with`` block, where gradients are wanted."""
-    token = _in_half.set(on)
-    try:
-        yield
-    finally:
-        _in_half.reset(token)
+    return _holding(_in_half, on)
 
 
-@contextlib.contextmanager
-def unrounded_maps(on: bool) -> Iterator[None]:
+def unrounded_maps(on: bool) -> contextlib.AbstractContextManager[None]:
     """Whether softmax maps in 16 bits stay unrounded inside the ``with`` block, where gradients are wanted."""
-    token = _unrounded.set(on)
-    try:
-        yield
-    finally:
-        _unrounded.reset(token)
+    return _holding(_unrounded, on)
 
 
 def rounds_map(bits: int) -> bool:
@@ -69,13 +68,9 @@ def sparing(*, unfused: bool = False) -> Iterator[None]:
         unfused: :func:`attention` is not fused there either, because the gradients of fused attention are added up in
             whatever order they come.
     """
-    tokens = _sparing.set(True), _unfused.set(unfused)
-    try:
-        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
-            yield
-    finally:
-        _sparing.reset(tokens[0])
-        _unfused.reset(tokens[1])
+    kernels = sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext()
+    with _holding(_sparing, True), _holding(_unfused, unfused), kernels:
+        yield
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
