@@ -33,6 +33,7 @@ from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_model import QuantModel
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.6  # of what is free, where no budget is given
+FILE_SHARE = 0.8  # of what is free: finished units and checkpoints go to the same disk
 GIB = 2**30
 _WORKING_COPIES = 4  # of a chunk's largest tensor, in float32, that a forward pass holds at once
 _MAPS_AT_ONCE = 4 * GIB  # what maps may take while ranges are searched
@@ -325,7 +326,7 @@ class MemoryPlan:
         if partly.file_bytes > room:  # of the two the plan that takes less
             raise BudgetError(
                 f"captured data need {partly.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(budget.folder)} "
-                f"has {room / GIB:.1f} GiB free; make room there, raise --cali_host_gb or --cali_gpu_gb, or lower "
+                f"has room for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower "
                 "--cali_n"
             )
         seconds = seconds_of_pass(chunk) * math.ceil(rows / chunk)
@@ -676,7 +677,7 @@ def free_host_bytes() -> int:
 
 def free_file_bytes(folder: Path | None) -> int:
     """What files of captured data may take, where they are made."""
-    return shutil.disk_usage(_folder_of_files(folder)).free
+    return int(FILE_SHARE * shutil.disk_usage(_folder_of_files(folder)).free)
 
 
 def _folder_of_files(folder: Path | None) -> Path:

@@ -8,7 +8,9 @@ import gc
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,9 +107,21 @@ def test_files_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert plan(budget, CUDA).features == "partly"
     free[tmp_path] -= 1
     with pytest.raises(
-        BudgetError, match=re.escape(f"{tmp_path} has 0.0 GiB free; make room there, raise --cali_host_gb")
+        BudgetError, match=re.escape(f"{tmp_path} has room for 0.0; free some there, raise --cali_host_gb")
     ):
         plan(budget, CUDA)
+
+
+def test_not_all_that_is_free_is_for_captured_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=1000)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert memory.free_file_bytes(tmp_path) == memory.free_file_bytes(None) == 800
+    assert asked == [tmp_path, Path(tempfile.gettempdir())]
 
 
 @pytest.mark.usefixtures("alone")
