@@ -55,9 +55,12 @@ def unrounded_maps(on: bool) -> contextlib.AbstractContextManager[None]:
     return _holding(_unrounded, on)
 
 
-def rounds_map(bits: int) -> bool:
-    """Whether a softmax map of so many bits is to be rounded here and now."""
-    return not (bits >= UNQUANTIZED_MAP and _unrounded.get() and torch.is_grad_enabled())
+def rounds_map(quantizer: nn.Module) -> bool:
+    """Whether a softmax map is to be rounded here and now by its quantizer."""
+    if torch.compiler.is_compiling() or not (_unrounded.get() and torch.is_grad_enabled()):
+        return True
+    config: Any = quantizer.config
+    return bool(config.n_bits < UNQUANTIZED_MAP)
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         if not self.use_act_quant:
             return super().attend(q, k, v)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
-        if not rounds_map(self.act_quantizer_w.config.n_bits):
+        if not rounds_map(self.act_quantizer_w):
             return super().attend(q, k, v)
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
