@@ -92,7 +92,7 @@ CHECKPOINTS = {
     "w4a8.safetensors": ("qdiff-w4a8-asym-split_input=True-timed_ranges=all-weight_lr=0.03", True),
     "w4a8-published.safetensors": ("qdiff-w4a8", False),
 }
-TEXT_CHECKPOINTS = {"w4a8.safetensors": ("qdiff-w4a8-weight_lr=0.03", False)}
+TEXT_CHECKPOINTS = {"w4a8.safetensors": ("qdiff-w4a8-asym-split_input=True-timed_ranges=all-weight_lr=0.03", False)}
 OF_CALIBRATION = ("iters", "iters_a", "cali_samples", "cali_seed", "cali_precision")  # settings of the tables
 BLURS = (0.5, 1.0, 2.0)  # pixels
 NOISES = (8.0, 16.0, 32.0)  # of 255
