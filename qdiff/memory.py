@@ -322,18 +322,26 @@ class MemoryPlan:
             return whole
         files = plan("disk", gpu, host)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
-        room = free_file_bytes(budget.folder)
-        if partly.file_bytes > room:  # of the two the plan that takes less
+        return partly._or_in_files(files, seconds_of_pass)
+
+    def _or_in_files(self, files: MemoryPlan, seconds_of_pass: Callable[[int], float]) -> MemoryPlan:
+        """This plan, which computes features anew that have no room, or puts them into files; or one with all in files.
+
+        Raises:
+            BudgetError: files have no room for what must lie there in any case.
+        """
+        folder = self.budget.folder
+        room = free_file_bytes(folder)
+        if self.file_bytes > room:
             raise BudgetError(
-                f"captured data need {partly.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(budget.folder)} "
-                f"has room for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower "
-                "--cali_n"
+                f"captured data need {self.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(folder)} has room "
+                f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
-        seconds = seconds_of_pass(chunk) * math.ceil(rows / chunk)
-        partly = dataclasses.replace(partly, pass_seconds=seconds, file_room=room)
+        seconds = seconds_of_pass(self.chunk) * math.ceil(self.rows / self.chunk)
+        partly = dataclasses.replace(self, pass_seconds=seconds, file_room=room)
         if files.file_bytes > room:
             return partly
-        quicker = partly.feature_seconds() < _TRAVELLED * features / _FILE_BYTES_PER_SECOND
+        quicker = partly.feature_seconds() < _TRAVELLED * files.feature_bytes / _FILE_BYTES_PER_SECOND
         return partly if quicker else files
 
     def __str__(self) -> str:
