@@ -99,9 +99,9 @@ def demonstrate(bundle: TextBundle, args: argparse.Namespace) -> None:
     command(
         txt2img.main,
         f"txt2img.py --from-file {quoted(prompts)} --cond {sampler} {quant} --weight_bit 4 --quant_mode qdiff "
-        f"--no_grad_ckpt --running_stat --cali_data_path {quoted(calibration_set)} --cali_st {TIMESTEPS} --cali_n "
-        f"{SAMPLES_A_STEP} --cali_batch_size {BATCH} --cali_iters {args.iters} --cali_iters_a {args.iters_a} "
-        f"--cali_weight_lr {ROUNDING_RATE} --seed 1 --n_iter 0 --outdir {quoted(calibrated)}",
+        f"--no_grad_ckpt --timed_ranges all --split_input --cali_data_path {quoted(calibration_set)} --cali_st "
+        f"{TIMESTEPS} --cali_n {SAMPLES_A_STEP} --cali_batch_size {BATCH} --cali_iters {args.iters} --cali_iters_a "
+        f"{args.iters_a} --cali_weight_lr {ROUNDING_RATE} --seed 1 --n_iter 0 --outdir {quoted(calibrated)}",
     )
     packed = next(calibrated.glob("*/ckpt.safetensors"))
     say("4. The prompts from the packed checkpoint that this wrote; text encoder and first stage are the model's own")
