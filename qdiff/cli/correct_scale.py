@@ -1,4 +1,4 @@
-"""Add the output's scale per timestep to a calibrated checkpoint of a pixel-space model."""
+"""Add the output's scale per timestep to a calibrated checkpoint."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddim.config import PixelConfig
 from ddim.models import build, load_pixel_config
-from qdiff.calibration_data import load_calibration_set
+from qdiff.calibration_data import CalibrationSet, load_calibration_set
 from qdiff.checkpoint import is_packed, load_quantized, read_info, save_packed
+from qdiff.cli import latent, pixel
 from qdiff.cli.errors import UserError, exit_on_error, lower_on_out_of_memory
 from qdiff.cli.flags import (
     Parser,
@@ -25,7 +27,7 @@ from qdiff.cli.flags import (
     resolve_device,
 )
 from qdiff.cli.pipeline import settled_quant
-from qdiff.cli.pixel import add_model_flags, architecture, check_model_flags, image_shape, load_full_precision
+from qdiff.config import QuantConfig
 from qdiff.output_scale import OutputScale
 from qdiff.quant_model import QuantModel
 from qdiff.scale_correction import FIT_CHUNK, fit_output_scale
@@ -44,13 +46,19 @@ examples:
   from one in the published format, which has them
     python scripts/correct_scale.py w4a8.pth --weight_bit 4 --quant_act --a_sym --split --out corrected.safetensors \\
         --config configs/cifar10.yml --cali_data_path cali.pt --cali_st 20 --cali_n 256
+  of a latent model; of a text-to-image model, whose config lies elsewhere
+    python scripts/correct_scale.py runs/samples/<date>/ckpt.safetensors --out corrected.safetensors \\
+        -r models/ldm/lsun_beds256/model.ckpt --cali_data_path cali.pt --cali_st 20 --cali_n 256
+    python scripts/correct_scale.py outputs/<date>/ckpt.safetensors --out corrected.safetensors \\
+        -r sd-v1-4.ckpt --config configs/stable-diffusion/v1-inference.yaml \\
+        --cali_data_path cali.pt --cali_st 25 --cali_n 128
 """
 
 logger = logging.getLogger(__name__)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES, overrides=True)
     parser.add_argument(
         "cali_ckpt", metavar="CKPT", help="calibrated checkpoint: ckpt.pth or a packed ckpt.safetensors"
     )
@@ -65,7 +73,10 @@ def build_parser() -> Parser:
         action="store_true",
         help="record the mean error of every pixel too, which sampling subtracts",
     )
-    add_model_flags(parser)
+    pixel.add_model_flags(parser, title="pixel-space model", required=False)
+    latent.add_model_flags(
+        parser, title="or: latent model, of texts too; with --config where its config is not beside it", required=False
+    )
     add_selection_flags(parser.add_argument_group("calibration set"), required=True)
     group = parser.add_argument_group("quantization", "of a checkpoint that does not say it itself")
     add_quantizer_flags(group)
@@ -79,7 +90,16 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     check_file(parser, args, "cali_data_path", "scripts/make_calibration_data.py makes one")
     if not is_packed(args.out):
         parser.error(f"--out {args.out}: only the packed format has a place for the scale; use a name in .safetensors")
-    check_model_flags(parser, args, standalone=not is_packed(args.cali_ckpt))
+    if args.resume_base is not None:
+        for name in ("ckpt", "use_pretrained"):
+            if name in args.given:
+                parser.error(f"{parser.flag(name)} goes with a pixel-space model, not with -r; leave one of them out")
+        return
+    if args.config is None:
+        parser.error("say which model: --config FILE for a pixel-space one, or -r PATH for a latent one")
+    if args.overrides:
+        parser.error(f"{args.overrides[0]}: the config of a pixel-space model cannot be changed by such words")
+    pixel.check_model_flags(parser, args, standalone=not is_packed(args.cali_ckpt))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,19 +108,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     check_args(parser, args)
     with exit_on_error(PROGRAM, verbose=args.verbose):
-        run(parser, args, load_pixel_config(args.config))
+        run(args, (pixel_subject if args.resume_base is None else latent_subject)(parser, args))
     return 0
 
 
-def run(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
-    path = Path(args.cali_ckpt)
-    quant = settled_quant(parser, args, path, architecture(config))
+@dataclass(frozen=True)
+class Subject:
+    """A model of either kind.
+
+    Attributes:
+        unet: with its full-precision weights, where the checkpoint does not bring them itself.
+        facts: what checkpoints record of the model.
+    """
+
+    unet: nn.Module
+    quant: QuantConfig
+    data: CalibrationSet
+    facts: dict[str, Any]
+
+
+def pixel_subject(parser: Parser, args: argparse.Namespace) -> Subject:
+    """The model of ``--config``."""
+    config, path = load_pixel_config(args.config), Path(args.cali_ckpt)
+    quant = settled_quant(parser, args, path, pixel.architecture(config))
     data = load_calibration_set(
-        args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=image_shape(config)
+        args.cali_data_path, cali_st=args.cali_st, cali_n=args.cali_n, image_shape=pixel.image_shape(config)
     )
-    # The published format brings the full-precision weights itself.
-    unet = load_full_precision(args, config) if is_packed(path) else build(config)
-    model = QuantModel.from_config(unet.eval(), quant)
+    unet = pixel.load_full_precision(args, config) if is_packed(path) else build(config)
+    return Subject(unet, quant, data, config.to_dict())
+
+
+def latent_subject(parser: Parser, args: argparse.Namespace) -> Subject:
+    """The model of ``-r``."""
+    model, path = latent.UNetOfLatentModel(args.resume_base, args.config, args.overrides), Path(args.cali_ckpt)
+    quant = settled_quant(parser, args, path, model.architecture(), source=str(model.config_path))
+    shape = model.context_shape
+    data = load_calibration_set(
+        args.cali_data_path,
+        cali_st=args.cali_st,
+        cali_n=args.cali_n,
+        image_shape=model.diffusion.latent_shape,
+        conditional=shape is not None,
+        context_width=shape[1] if shape else None,
+    )
+    model.load(unet=is_packed(path))
+    return Subject(model.unet, quant, data, model.facts())
+
+
+def run(args: argparse.Namespace, subject: Subject) -> None:
+    path, quant, data = Path(args.cali_ckpt), subject.quant, subject.data
+    model = QuantModel.from_config(subject.unet.eval(), quant)
     load_quantized(path, model, quant_act=quant.quant_act, keep_full_precision=True)
     model.to(resolve_device(args.device))
     with lower_on_out_of_memory("--batch_size", args.batch_size):
@@ -112,7 +169,7 @@ def run(parser: Parser, args: argparse.Namespace, config: PixelConfig) -> None:
     save_packed(
         args.out,
         model,
-        info={"model_config": config.to_dict(), "calibration": {} if info is None else info.calibration},
+        info={"model_config": subject.facts, "calibration": {} if info is None else info.calibration},
     )
     print(scale_table(model.output_scale))
     print(f"{args.out}: written; sample from it with --ptq --resume --cali_ckpt {args.out}")

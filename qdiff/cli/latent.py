@@ -158,15 +158,7 @@ class LatentModel:
     """
 
     def __init__(self, path: str, overrides: Sequence[str] = ()):
-        if not Path(path).exists():
-            raise UserError(
-                f"--resume_base {path}: no such file or folder; it names a model.ckpt with config.yaml beside it, or "
-                "their folder (scripts/make_random_checkpoint.py makes one with random weights to try things out)"
-            )
-        try:
-            self.checkpoint = find_checkpoint(path)
-        except ValueError as error:
-            raise UserError(f"--resume_base {error}") from None
+        self.checkpoint = _found(path)
         self._build(self.checkpoint.with_name("config.yaml"), overrides)
         conditional = self.diffusion.conditional
         if conditional and not isinstance(self.diffusion.cond_stage_model, ClassEmbedder):
@@ -265,6 +257,43 @@ class LatentModel:
             self.unet.to_empty(device=device)
         self.diffusion.eval().requires_grad_(False)
         logger.debug("full-precision weights from %s", self.checkpoint)
+
+
+class UNetOfLatentModel(LatentModel):
+    """A latent diffusion model of any condition, texts too, for its UNet alone.
+
+    Args:
+        path: checkpoint, or folder of one.
+        config_path: YAML; None: config.yaml beside it.
+        overrides: ``key=value`` words that change the config.
+
+    Raises:
+        UserError, ConfigError: a file is missing, or the config is wrong.
+    """
+
+    def __init__(self, path: str, config_path: str | None, overrides: Sequence[str] = ()):
+        self.checkpoint = _found(path)
+        self._build(self.checkpoint.with_name("config.yaml") if config_path is None else Path(config_path), overrides)
+        self._check_condition("conditions")
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """L x D of a condition's embedding."""
+        encoder = self.diffusion.cond_stage_model if self.diffusion.conditional else None
+        return (encoder.max_length, encoder.width) if isinstance(encoder, TextEncoder) else super().context_shape
+
+
+def _found(path: str) -> Path:
+    """The checkpoint that ``--resume_base`` names, or that lies in the folder it names."""
+    if not Path(path).exists():
+        raise UserError(
+            f"--resume_base {path}: no such file or folder; it names a model.ckpt with config.yaml beside it, or "
+            "their folder (scripts/make_random_checkpoint.py makes one with random weights to try things out)"
+        )
+    try:
+        return find_checkpoint(path)
+    except ValueError as error:
+        raise UserError(f"--resume_base {error}") from None
 
 
 class LatentSampler:

@@ -13,7 +13,9 @@ from qdiff.checkpoint import read_info, read_output_scale
 from qdiff.cli import correct_scale
 from qdiff.cli.sample_ddim import main
 
+from .latent_models import sample as sample_latents
 from .test_sample_ddim import IMAGES, pictures, sample
+from .text_models import draw
 
 LINEAR = ["--ptq", "--quant_mode", "linear", "--weight_bit", "4", "--quant_act", "--split"]
 
@@ -169,6 +171,58 @@ def test_a_scale_added_is_the_one_a_calibration_fits(miniature, plain, tmp_path,
     assert ("mean error" in said) == bool(mean)
     assert f"{theirs['scale_activations'][0]:.4f}" in said
     assert "--resume --cali_ckpt" in said
+
+
+def same_scale(plain: Path, corrected: Path, *model: object, selection: list[str]) -> None:
+    """Added afterwards it is the one that the calibration fitted."""
+    out = plain / "added.safetensors"
+    words = [plain / "ckpt.safetensors", "--out", out, *model, "--device", "cpu", "--correct_mean", *selection]
+    assert correct_scale.main([str(word) for word in words]) == 0
+    ours, theirs = (load_file(path) for path in (out, corrected / "ckpt.safetensors"))
+    assert ours.keys() == theirs.keys()
+    assert "scale_activations_mean" in theirs
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-4 if tensor.dim() > 1 else 0, msg=name)
+    assert read_info(out).model_config == read_info(corrected / "ckpt.safetensors").model_config
+
+
+CORRECTED = ["--correct_scale", "--correct_mean"]
+
+
+@pytest.mark.parametrize("kind", ["beds", "classes"])
+def test_latent_models_in_the_same_way(kind, latent, tmp_path):
+    model = latent(kind)
+    flags = [*model.flags(*LINEAR, "-n", 0), *model.calibration_flags()]
+    plain, corrected = sample_latents(flags, tmp_path / "a"), sample_latents([*flags, *CORRECTED], tmp_path / "b")
+    same_scale(plain, corrected, "-r", model.ckpt, selection=model.calibration_flags()[6:])
+
+
+def test_text_models_in_the_same_way_with_their_config_elsewhere(text, tmp_path):
+    model = text("sd")
+    flags = [*model.flags(*LINEAR), *model.calibration_flags()]
+    plain, corrected = (
+        draw([*flags, *more], tmp_path / name, "--n_iter", 0) for name, more in (("a", []), ("b", CORRECTED))
+    )
+    same_scale(plain, corrected, "-r", model.ckpt, "--config", model.config, selection=model.calibration_flags()[6:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["say which model", "--config FILE", "-r PATH"]),
+        (["-r", "{ckpt}", "--use_pretrained"], ["--use_pretrained goes with a pixel-space model"]),
+        (["-r", "nowhere"], ["--resume_base nowhere: no such file"]),
+        (["--config", "{config}", "--ckpt", "{ckpt}", "a.b=1"], ["a.b=1: the config of a pixel-space model"]),
+    ],
+)
+def test_one_kind_of_model(miniature, plain, tmp_path, failing, flags, words):
+    flags = [flag.format(ckpt=miniature.ckpt, config=miniature.config) for flag in flags]
+    selection = miniature.calibration_flags()[6:]
+    arguments = [plain / "ckpt.safetensors", "--out", tmp_path / "x.safetensors", *flags, *selection]
+    failure = failing(*arguments, main=correct_scale.main)
+    assert failure.status == 2
+    for word in words:
+        assert word in failure.message
 
 
 def test_it_may_replace_the_file(miniature, better, tmp_path):
