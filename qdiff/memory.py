@@ -351,7 +351,7 @@ class MemoryPlan:
             "partly": "in host memory as far as there is room, computed anew where not",
             "filed": "in host memory as far as there is room, in files or computed anew where not",
             "disk": "in files",
-        }["filed" if any(kept.filed for kept in self._all_kept()) else self.features]
+        }["filed" if self._files_features else self.features]
         near = [self.gpu_rows(path) for path in self.sizes.units]
         parts = [f"{self.feature_bytes / GIB:.2f} GiB of features {where}, {self.chunk} samples at once"]
         largest = self.rows * max(self.sizes.units.values()) / GIB
@@ -387,6 +387,11 @@ class MemoryPlan:
             return self.rows * self.sizes.units[path]
         ring = self.ring_rows if self.pinned_rows(path) < self.rows - self.gpu_rows(path) else 0
         return (self.pinned_rows(path) + ring) * self.sizes.units[path]
+
+    @property
+    def _files_features(self) -> bool:
+        """Whether some feature maps wait in files, beside others that do not."""
+        return self.features == "partly" and any(kept.filed for networks in self.kept() for kept in networks)
 
     @property
     def file_bytes(self) -> int:
@@ -482,9 +487,6 @@ class MemoryPlan:
         """Most bytes of a unit's rows while features wait before each stage, until they wait before the next one."""
         units = [max(map(bytes_of, boundary.units), default=0) for boundary in self.sizes.boundaries]
         return [max(pair) for pair in itertools.pairwise([*units, 0])]
-
-    def _all_kept(self) -> Iterator[Kept]:
-        return itertools.chain.from_iterable(self.kept() if self.features == "partly" else ())
 
     def passes(self) -> float:
         """Forward passes in which a phase computes anew what is not kept; all stages are taken to cost the same."""

@@ -52,8 +52,7 @@ class Unit:
     def learnable_act_quantizers(self) -> list[UniformAffineQuantizer]:
         """Those whose step sizes are learned: all but softmax maps' in 16 bits, which stand for no quantization.
 
-        Such a step is a fraction of Adam's, whose first one would make another grid of it: of 4096 positions' weights
-        most would round to nothing.
+        Such a step is a fraction of Adam's, whose first one makes another grid of it.
         """
         maps = {
             id(block.attention_quantizers()["w"])
