@@ -164,6 +164,8 @@ class Stage(NamedTuple):
         attends: it takes the context too, where the network has one.
         joins: the latest feature left by the way down is concatenated behind its input.
         leaves: its output is left for the way up.
+        chained: each of its units takes what the one before it gives, and nothing else of what enters the stage but the
+            context: see :meth:`StagedNetwork.handed_on`.
     """
 
     path: str
@@ -171,6 +173,7 @@ class Stage(NamedTuple):
     attends: bool = False
     joins: bool = False
     leaves: bool = False
+    chained: bool = False
 
 
 @dataclass
@@ -245,6 +248,15 @@ class StagedNetwork(nn.Module):
             flow.h = module(flow.h, flow.context)
         else:
             flow.h = module(flow.h)
+
+    def handed_on(self, path: str, stage: Stage, out: Tensor, flow: Flow) -> tuple[Tensor, ...]:
+        """What reaches the next unit of a chained stage.
+
+        Args:
+            path: of the unit before it; out: what that one gives.
+            flow: what the stage takes; its feature map counts for its size alone.
+        """
+        raise NotImplementedError(f"{stage.path} is not chained")
 
     def stages(self) -> tuple[Stage, ...]:
         """The parts of the forward pass in the order in which it runs them."""

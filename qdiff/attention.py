@@ -32,6 +32,7 @@ _in_half = contextvars.ContextVar("_in_half", default=False)
 _sparing = contextvars.ContextVar("_sparing", default=False)
 _unfused = contextvars.ContextVar("_unfused", default=False)
 _unrounded = contextvars.ContextVar("_unrounded", default=False)
+_captures = contextvars.ContextVar("_captures", default=False)
 # Largest gradient in float16. A key that all of 8192 positions attend to adds up to 65 536, where float16 ends.
 _LARGEST_GRADIENT = 3  # as a power of two
 
@@ -46,18 +47,27 @@ def _holding(variable: contextvars.ContextVar[bool], value: bool) -> Iterator[No
 
 
 def half_precision(on: bool) -> contextlib.AbstractContextManager[None]:
-    """Whether :func:`attention` may compute in float16 inside the ``with`` block, where gradients are wanted."""
+    """Whether :func:`attention` may compute in float16 inside the ``with`` block, for learning (:func:`capturing`)."""
     return _holding(_in_half, on)
 
 
 def unrounded_maps(on: bool) -> contextlib.AbstractContextManager[None]:
-    """Whether softmax maps in 16 bits stay unrounded inside the ``with`` block, where gradients are wanted."""
+    """Whether softmax maps in 16 bits stay unrounded inside the ``with`` block, for learning (:func:`capturing`)."""
     return _holding(_unrounded, on)
+
+
+def capturing() -> contextlib.AbstractContextManager[None]:
+    """What units learn from is computed inside the ``with`` block: without gradients, and as if they were wanted."""
+    return _holding(_captures, True)
+
+
+def _learns() -> bool:
+    return torch.is_grad_enabled() or _captures.get()
 
 
 def rounds_map(quantizer: nn.Module) -> bool:
     """Whether a softmax map is to be rounded here and now by its quantizer."""
-    if torch.compiler.is_compiling() or not (_unrounded.get() and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not (_unrounded.get() and _learns()):
         return True
     config: Any = quantizer.config
     return bool(config.n_bits < UNQUANTIZED_MAP)
@@ -86,9 +96,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         N x A x P x K.
     """
-    if not torch.compiler.is_compiling() and _unfused.get():
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
+    if _unfused.get():
         return by_heads(F.scaled_dot_product_attention, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    wanted = _captures.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if not (wanted and _in_half.get() and q.dtype is torch.float32):
         return F.scaled_dot_product_attention(q, k, v)
     # Only the product of q and k matters: they share its size evenly.

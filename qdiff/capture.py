@@ -2,7 +2,9 @@
 
 The set moves through the forward pass stage by stage. What has reached the next stage is kept, so that a whole
 calibration costs a few forward passes instead of one for every unit. A unit's input is taken from the network as
-quantized so far, its target from full precision (Q-Diffusion, section 3.2; BRECQ, Li et al. 2021).
+quantized so far, its target from full precision (Q-Diffusion, section 3.2; BRECQ, Li et al. 2021). In a chained stage
+the rows of a unit become those of the next one where they lie: its inputs what the unit, now learned, gives for them,
+its targets what the next unit makes of the targets.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.attention import capturing
 from qdiff.memory import (
     Kept,
     MemoryBudget,
@@ -27,7 +30,7 @@ from qdiff.memory import (
     measure,
     sets_rounding_aside,
 )
-from qdiff.places import Collector, Shelf, unpacked
+from qdiff.places import Collector, Shelf, released, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
@@ -149,6 +152,9 @@ class Frontier:
         self._files = files or shelf
         self._stages, self._origins = self.unet.stages(), connection_origins(self.unet.stages())
         self._number = 0  # of the next stage
+        self._chunk = chunk
+        self._size: torch.Size | None = None  # of the feature map that entered a stage last
+        self._chained_units = {stage.path: qnn.units_of(stage) for stage in self._stages if stage.chained}
         parts = zip(*(x.split(chunk) for x in inputs), strict=True)
         starts = (self.unet.begin(*(x.to(device) for x in part)) for part in parts)
         if kept is None:
@@ -263,12 +269,62 @@ class Frontier:
             handle.remove()
         raise RuntimeError(f"{unit.path} is not reached in its stage")
 
+    def handed_on(self, unit: Unit, start: int, out: Tensor) -> tuple[Tensor, ...]:
+        """What reaches the unit behind one of a chained stage, given a chunk of what that one gives.
+
+        Args:
+            start: number of the chunk's first sample.
+        """
+        flow = self._flows[start // self._chunk] or self._starts[start // self._chunk]
+        context = unpacked(flow.context.to(self.device))
+        like = dataclasses.replace(flow, h=out.new_empty(1, 1, *self._map_size(unit.stage)), context=context, skips=[])
+        return tuple(self._as_in_rows(x) for x in self.unet.handed_on(unit.path, unit.stage, out, like))
+
+    def _as_in_rows(self, x: Tensor) -> Tensor:
+        """``x`` as it comes back from where a unit's rows wait: its last bits, and the layout in memory."""
+        last = x.dim() == 4 and x.device.type == "cuda"
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return unpacked(self.shelf.rounded(x))
+
+    def _map_size(self, stage: Any) -> torch.Size:
+        if self._size is None:
+            raise RuntimeError(f"nothing has passed {stage.path} yet")
+        return self._size
+
+    def set_clock(self, start: int) -> None:
+        """Tell the network the timesteps of the chunk that begins with a sample."""
+        flow = self._flows[start // self._chunk] or self._starts[start // self._chunk]
+        self.clock.set(flow.t.to(self.device))
+
     def _moved(self, flow: Any, stage: Any) -> Any:
         """A chunk behind the stage, where it was computed."""
         self.clock.set(flow.t.to(self.device))
-        moved = flow.for_stage(stage, lambda x: unpacked(x.to(self.device)))
-        self.unet.advance(stage, moved)
+        moved = flow.for_stage(stage, self._fetched)
+        self._size = moved.h.shape[2:]
+        with capturing(), self._as_rows_between_units(stage):
+            self.unet.advance(stage, moved)
         return dataclasses.replace(moved, t=flow.t, context=flow.context)  # no stage changes them
+
+    def _fetched(self, x: Tensor) -> Tensor:
+        here = x.to(self.device)
+        if here is not x:
+            released(x)
+        return unpacked(here)
+
+    @contextlib.contextmanager
+    def _as_rows_between_units(self, stage: Any) -> Iterator[None]:
+        """What reaches units of a chained stage is as it would come out of their rows: both ways there agree."""
+
+        def replaced(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(map(self._as_in_rows, args))
+
+        units = self._chained_units.get(stage.path, [])
+        handles = [unit.module.register_forward_pre_hook(replaced) for unit in units]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _stored(self, flow: Any) -> Any:
         """What shall wait of a chunk behind the next stage; None: nothing."""
@@ -340,6 +396,7 @@ class PairedCapture:
             compact=compact,
             batch=batch,
             maps=act_quant or deterministic,
+            passing_maps=deterministic,
             learning_bytes=learning_bytes(qnn, weights=not act_quant, variables_stay=not sets_rounding_aside(budget)),
             seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
         )
@@ -360,6 +417,7 @@ class PairedCapture:
         )
         self._full_is_ahead = False
         self._reached: dict[str, Collector] = {}  # inputs that were collected on the way
+        self._last: tuple[Unit, Collector, Collector] | None = None  # a unit's inputs and targets that can be handed on
 
     @torch.no_grad()
     def _seconds_of_pass(self, inputs: tuple[Tensor, ...]) -> float:
@@ -383,6 +441,7 @@ class PairedCapture:
                 self._make_room(max(self.memory.unit_on_host(unit.path) for unit in units))
                 yield stage
             self._reached.clear()
+            self._last = None
             unit = None if after is None else next(filter(self._wants, self.qnn.units_of(after)), None)
             with self.qnn.quant_state(True, self.act_quant):
                 self._quantized.advance(stage, None if unit is None else (unit, self._on_the_way(unit)))
@@ -413,9 +472,13 @@ class PairedCapture:
     def targets_from(self, unit: Unit) -> dict[str, Collector]:
         """A unit's full-precision outputs, and those of all others of its stage where there is room for them.
 
-        To be asked for in the network's order, each unit's once.
+        To be asked for in the network's order, each unit's once; not for those whose rows are handed on to them.
         """
         units = [other for other in self.qnn.units_of(unit.stage) if self._wants(other)]
+        if self._hands_on_from(unit):
+            self._full_is_ahead = True
+            with self.qnn.quant_state(False, False):
+                return self._full.outputs(unit.stage, [unit], self._storage.collector)
         if self.memory.together([other.path for other in units]):
             return self.targets(unit.stage)
         with self.qnn.quant_state(False, False):
@@ -441,7 +504,53 @@ class PairedCapture:
 
     def data(self, unit: Unit, targets: dict[str, Collector]) -> UnitData:
         """A unit's inputs and its target, which is taken out of ``targets`` (of its stage, see :meth:`targets`)."""
-        return unit_data(self.inputs(unit), targets.pop(unit.path), self.t)
+        return self._lent(unit, self.inputs(unit), targets.pop(unit.path))
+
+    def handed_on(self, unit: Unit) -> UnitData | None:
+        """A unit's inputs and target out of those of the one before it in its stage, which are no more then.
+
+        None where that one's were not asked for last, or the stage is not chained: see :meth:`data`.
+        """
+        last, self._last = self._last, None
+        if last is None:
+            return None
+        before, inputs, target = last
+        if before != self._before(unit):
+            return None
+
+        def given(start: int, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            self._quantized.set_clock(start)
+            return self._quantized.handed_on(before, start, before.module(*arguments))
+
+        def wanted(start: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            (out,) = outputs
+            return (unit.module(*self._full.handed_on(before, start, out)),)
+
+        with capturing():
+            with self.qnn.quant_state(True, self.act_quant):
+                inputs.become(given, self.memory.chunk)
+            with self.qnn.quant_state(False, False):
+                target.become(wanted, self.memory.chunk)
+        return self._lent(unit, inputs, target)
+
+    def _lent(self, unit: Unit, inputs: Collector, target: Collector) -> UnitData:
+        units = self.qnn.units_of(unit.stage)
+        self._last = (unit, inputs, target) if unit.stage.chained and unit != units[-1] else None
+        return unit_data(inputs, target, self.t)
+
+    def _before(self, unit: Unit) -> Unit | None:
+        """The unit before one in its stage."""
+        units = self.qnn.units_of(unit.stage)
+        number = units.index(unit)
+        return units[number - 1] if number else None
+
+    def _hands_on_from(self, unit: Unit) -> bool:
+        """Whether all that is wanted of a stage behind a unit comes out of that unit's rows."""
+        if not unit.stage.chained:
+            return False
+        units = self.qnn.units_of(unit.stage)
+        behind = [self._wants(other) for other in units[units.index(unit) + 1 :]]
+        return behind == sorted(behind, reverse=True)  # no gap
 
 
 def unit_data(inputs: Collector, target: Collector, t: Tensor | None = None) -> UnitData:

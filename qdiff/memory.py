@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qdiff.attention import LARGEST_MAP, PART_OF_MAP
+from qdiff.attention import LARGEST_MAP, PART_OF_MAP, capturing
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
@@ -44,8 +45,8 @@ _PASSING_SHARE = 8  # a pass takes no more than that part of the room, where mor
 _LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
 _MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
-_FILE_BYTES_PER_SECOND = 1e9  # what a file may be expected to take and give
-_TRAVELLED = 6  # times the largest features' bytes: what one phase writes and reads again, roughly
+_TRAVELLED = 3  # times the largest features' bytes: what one phase writes and reads again, roughly
+_PROBE_BYTES = 2**28
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +117,14 @@ class Boundary:
         skips: each open U connection, the oldest first; one that is the feature map itself takes nothing more.
         units: paths of the units in the stage.
         origin: of the connection that the stage joins: the number of the first stage before which it waits.
+        chained: each unit's data come out of those of the one before.
     """
 
     trunk: int
     skips: tuple[int, ...] = ()
     units: tuple[str, ...] = ()
     origin: int | None = None
+    chained: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ class Sizes:
 
     Attributes:
         features: of one network's features between two stages, at their largest.
-        units: of each unit's inputs and output, by path.
+        units: of each unit's inputs and output, by path; in a chained stage those of its largest one.
         boundaries: one before each stage.
         attention_map: of the largest one, of all heads, in float32; heads: how many these are.
+        passing_map: of the largest one that is a tensor while data are captured with quantized activations.
     """
 
     features: int
@@ -140,6 +144,7 @@ class Sizes:
     boundaries: tuple[Boundary, ...] = ()
     attention_map: int = 0
     heads: int = 1
+    passing_map: int = 0
 
 
 @torch.no_grad()
@@ -150,10 +155,13 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return x.numel() * (2 if compact and compactable(x) else x.element_size())
 
     units: dict[str, int] = {}
-    maps = [(0, 1)]
+    maps, passing_maps = [(0, 1)], [0]
 
     def attended(block: BaseQuantBlock, args: tuple[Tensor, ...]) -> None:
-        maps.append((4 * block.attention_map_values(*args), getattr(block, "heads", 1)))
+        size = 4 * block.attention_map_values(*args)
+        maps.append((size, getattr(block, "heads", 1)))
+        with capturing():
+            passing_maps.append(size * block.rounds_map())
 
     def seen(path: str) -> Any:
         def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -173,12 +181,15 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
                 skips = tuple(0 if skip is None or skip is flow.h else size(skip) for skip in flow.skips)
                 trunk = sum(size(x) for x in (flow.h, flow.t, flow.temb, flow.context) if x is not None)
                 paths = tuple(unit.path for unit in qnn.units_of(stage))
-                boundaries.append(Boundary(trunk, skips, paths, origins[number]))
+                boundaries.append(Boundary(trunk, skips, paths, origins[number], stage.chained))
                 qnn.model.advance(stage, flow)
+                if stage.chained:  # their rows lie in the same memory, one after the other's
+                    units.update(dict.fromkeys(paths, max(units[path] for path in paths)))
     finally:
         for handle in handles:
             handle.remove()
-    return Sizes(max(b.trunk + sum(b.skips) for b in boundaries), units, tuple(boundaries), *max(maps))
+    features = max(boundary.trunk + sum(boundary.skips) for boundary in boundaries)
+    return Sizes(features, units, tuple(boundaries), *max(maps), max(passing_maps))
 
 
 def learning_bytes(qnn: QuantModel, *, weights: bool, variables_stay: bool = True) -> int:
@@ -229,6 +240,20 @@ class Kept(NamedTuple):
         return boundary.trunk if self.filed else 0
 
 
+class FileRate(NamedTuple):
+    """Bytes a second that files take and give."""
+
+    written: float
+    read: float
+
+    def seconds(self, size: float, times_read: float = 1) -> float:
+        """For writing so many bytes once and reading them again."""
+        return size / self.written + times_read * size / self.read
+
+
+_UNKNOWN_RATE = FileRate(1e9, 1e9)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Where everything waits in one phase.
@@ -239,8 +264,8 @@ class MemoryPlan:
         unit_gpu_bytes: for one unit's data on the GPU; unit_host_bytes: in pinned memory.
         host_bytes: for both.
         batch: samples that are learned from at once.
-        pass_seconds: how long the whole set takes through the network; file_room: bytes for files. Of plans that
-            compute a part of the features anew.
+        pass_seconds: how long the whole set takes through the network; file_room: bytes for files; file_rate: how fast
+            these are. Of plans that compute a part of the features anew.
     """
 
     rows: int
@@ -257,6 +282,7 @@ class MemoryPlan:
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     pass_seconds: float = 0.0
     file_room: int = 0
+    file_rate: FileRate = _UNKNOWN_RATE
 
     @classmethod
     def make(
@@ -270,6 +296,7 @@ class MemoryPlan:
         compact: bool,
         batch: int = 0,
         maps: bool = False,
+        passing_maps: bool = True,
         learning_bytes: int = 0,
         seconds_of_pass: Callable[[int], float] = lambda chunk: math.inf,
     ) -> MemoryPlan:
@@ -278,6 +305,7 @@ class MemoryPlan:
         Args:
             batch: samples that are learned from at once.
             maps: attention maps are tensors of their own. Fused attention makes none.
+            passing_maps: so they are where they need not be rounded, while data are captured.
             learning_bytes: what the learned state of units will take on the device.
             seconds_of_pass: how long so many samples take through the network; asked only where it decides.
 
@@ -291,8 +319,9 @@ class MemoryPlan:
         host = _host_room(budget)
         gpu = 0
         if on_gpu:
-            attention_map = sizes.attention_map if maps else 0
-            work = _Work(largest * (2 if compact else 1), attention_map, sizes.heads, batch, learning_bytes)
+            learned = sizes.attention_map if maps else 0
+            passing = learned if passing_maps else min(learned, sizes.passing_map)
+            work = _Work(largest * (2 if compact else 1), learned, passing, sizes.heads, batch, learning_bytes)
             gpu, chunk = _gpu_room(budget, device, work, min(chunk, rows))
         chunk = min(chunk, rows)
         unit = rows * largest
@@ -338,10 +367,11 @@ class MemoryPlan:
                 f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
         seconds = seconds_of_pass(self.chunk) * math.ceil(self.rows / self.chunk)
-        partly = dataclasses.replace(self, pass_seconds=seconds, file_room=room)
+        rate = file_rate(folder)
+        partly = dataclasses.replace(self, pass_seconds=seconds, file_room=room, file_rate=rate)
         if files.file_bytes > room:
             return partly
-        quicker = partly.feature_seconds() < _TRAVELLED * files.feature_bytes / _FILE_BYTES_PER_SECOND
+        quicker = partly.feature_seconds() < _TRAVELLED * rate.seconds(files.feature_bytes)
         return partly if quicker else files
 
     def __str__(self) -> str:
@@ -470,16 +500,17 @@ class MemoryPlan:
         """Whether the feature map before a stage is sooner read from a file than computed anew."""
         sweeps = self._sweeps(number)[network]
         anew = sweeps * number / len(self.sizes.boundaries) * self.pass_seconds
-        travelled = (1 + sweeps) * self.rows * self.sizes.boundaries[number].trunk  # written once
-        return travelled / _FILE_BYTES_PER_SECOND < anew
+        return self.file_rate.seconds(self.rows * self.sizes.boundaries[number].trunk, sweeps) < anew
 
     def _sweeps(self, number: int) -> tuple[int, int]:
         """How often the set passes a stage, for the quantized and the full-precision network.
 
         The way on, and inputs of each unit but the first, which are taken on the way here; targets on the way on, of
-        all units at once where there is room.
+        all units at once where there is room. In a chained stage the way on alone.
         """
         units = self.sizes.boundaries[number].units
+        if self.sizes.boundaries[number].chained:
+            return 1, 1
         each = max(1, len(units))
         return each, 1 if not units or self.together(units) else each
 
@@ -501,11 +532,11 @@ class MemoryPlan:
 
     def feature_seconds(self) -> float:
         """What a phase takes for features that are not on the host: computing them anew, and files."""
-        travelled = 0
+        travelling = 0.0
         for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
             for kept, times in zip(networks, self._sweeps(number), strict=True):
-                travelled += (1 + times) * self.rows * kept.file_bytes_of(boundary)
-        return self.passes() * self.pass_seconds + travelled / _FILE_BYTES_PER_SECOND
+                travelling += self.file_rate.seconds(self.rows * kept.file_bytes_of(boundary), times)
+        return self.passes() * self.pass_seconds + travelling
 
     @property
     def arena_bytes(self) -> int:
@@ -617,30 +648,34 @@ class _Work(NamedTuple):
 
     Attributes:
         unit: a unit's inputs and output, a sample, in float32.
-        attention_map: the largest one that is a tensor of its own, a sample; heads: whose maps it consists of.
+        learned_map, passing_map: the largest attention map that is a tensor of its own, a sample, while units learn and
+            while data are captured; heads: whose maps it consists of.
         batch: samples that are learned from at once.
         stays: of learning, to its end.
     """
 
     unit: int
-    attention_map: int
+    learned_map: int
+    passing_map: int
     heads: int
     batch: int
     stays: int
 
-    def map_at_once(self, samples: int) -> int:
+    def _at_once(self, attention_map: int, samples: int) -> int:
         """What of their attention map is in memory: see :func:`qdiff.attention.by_heads`."""
-        whole = self.attention_map * samples
+        whole = attention_map * samples
         return whole if whole <= LARGEST_MAP else max(PART_OF_MAP, whole // self.heads)
 
     def passing(self, chunk: int) -> int:
         """While ``chunk`` samples pass through a network."""
-        return _WORKING_COPIES * max(self.unit * chunk, self.map_at_once(chunk))
+        return _WORKING_COPIES * max(self.unit * chunk, self._at_once(self.passing_map, chunk))
 
     @property
     def learning(self) -> int:
         """While a unit learns."""
-        return max(_LEARNING_TENSORS * self.unit * self.batch, _LEARNING_COPIES * self.map_at_once(self.batch))
+        return max(
+            _LEARNING_TENSORS * self.unit * self.batch, _LEARNING_COPIES * self._at_once(self.learned_map, self.batch)
+        )
 
 
 def _gpu_room(budget: MemoryBudget, device: torch.device, work: _Work, chunk: int) -> tuple[int, int]:
@@ -688,6 +723,25 @@ def free_host_bytes() -> int:
 def free_file_bytes(folder: Path | None) -> int:
     """What files of captured data may take, where they are made."""
     return int(FILE_SHARE * shutil.disk_usage(_folder_of_files(folder)).free)
+
+
+def file_rate(folder: Path | None) -> FileRate:
+    """How fast a disk is, by a file that is waited for, and read when the system does not hold it any more."""
+    block = os.urandom(2**20)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        started = time.perf_counter()
+        for _ in range(_PROBE_BYTES // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        again = time.perf_counter()
+        while file.read(len(block)):
+            pass
+        read = time.perf_counter()
+    return FileRate(_PROBE_BYTES / (written - started), _PROBE_BYTES / (read - again))
 
 
 def _folder_of_files(folder: Path | None) -> Path:

@@ -6,10 +6,14 @@ where is the business of :mod:`qdiff.memory`.
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import logging
+import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -72,11 +76,16 @@ class Shelf:
         if self.place == "gpu":
             return x
         if self.place == "disk":
-            return x if x.device.type == "cpu" and _is_mapped(x) else mapped_empty(x, self.folder).copy_(x)
+            return x if x.device.type == "cpu" and _is_mapped(x) else self._filed(x)
         if x.device.type == "cpu" and not _is_mapped(x):
             return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
         flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
         return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
+
+    def _filed(self, x: Tensor) -> Tensor:
+        filed = mapped_empty(x, self.folder).copy_(x)
+        released(filed)
+        return filed
 
 
 def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:
@@ -102,6 +111,20 @@ def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:
 
 
 _MAPPED: set[int] = set()
+
+
+def released(x: Tensor) -> None:
+    """Let go of the memory into which a file's contents were read or written, where ``x`` is such a file's.
+
+    They are the system's from then on, which keeps as much of them in memory as it has room for. Left alone, whatever
+    was touched once would count as this process's.
+    """
+    if not _is_mapped(x) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    storage = x.untyped_storage()
+    ctypes.CDLL(None, use_errno=True).madvise(
+        ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED
+    )
 
 
 def _is_mapped(x: Tensor) -> bool:
@@ -170,6 +193,26 @@ class Collector:
             store.write(self.filled, x)
         self.filled += len(tensors[0])
 
+    @torch.no_grad()
+    def become(self, step: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]], chunk: int) -> None:
+        """Let other rows take the place of these: what ``step`` makes of them, chunk by chunk.
+
+        A tensor whose rows are as long as those of the one it replaces lies in the same memory.
+
+        Args:
+            step: takes the number of a chunk's first row, and the chunk's tensors in float32, where they came from.
+        """
+        before, after = self._stores, list[_RowStore]()
+        for start in range(0, self.rows, chunk):
+            made = step(start, tuple(store.read(start, min(start + chunk, self.rows)) for store in before))
+            after = after or [
+                before[i].reshaped(x) if i < len(before) and before[i].fits(x) else _RowStore(self._layout, x)
+                for i, x in enumerate(made)
+            ]
+            for store, x in zip(after, made, strict=True):
+                store.write(start, x)
+        self._stores = after
+
     def parts(self) -> Rows:
         """All rows, by where they lie."""
         if self.filled != self.rows:
@@ -203,6 +246,28 @@ class _RowStore:
         self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
         self.room, self.file = self._far(), self._filed()
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether such rows could lie where these do."""
+        return x[0].numel() == self.length and compactable(x) == self.dtype.is_floating_point
+
+    def reshaped(self, x: Tensor) -> _RowStore:
+        """The same memory, for rows of the shape of ``x``."""
+        other = copy.copy(self)
+        other.shape = tuple(x.shape[1:])
+        return other
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Some of the rows, in float32 on the device they came from."""
+        pieces, first = [], 0
+        for part, length in self._parts():
+            begin, end = max(start, first), min(stop, first + length)
+            if begin < end:
+                pieces.append(part[begin - first : end - first].to(self.head.device))
+                released(part)
+            first += length
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return self._shaped(rows.float() if rows.is_floating_point() else rows)
+
     def _far(self) -> Tensor:
         count = self.layout.pinned + (self.layout.ring if self.layout.filed else 0)
         return self._pinned(count) if count and self.last else torch.empty(count, self.length, dtype=self.dtype)
@@ -235,6 +300,7 @@ class _RowStore:
             begin, end = max(start, first), min(start + len(rows), first + length)
             if begin < end:
                 part[begin - first : end - first].copy_(rows[begin - start : end - start])
+                released(part)
             first += length
 
     def _parts(self) -> list[tuple[Tensor, int]]:

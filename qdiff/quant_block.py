@@ -57,6 +57,10 @@ class BaseQuantBlock(nn.Module):
         """
         return 0
 
+    def rounds_map(self) -> bool:
+        """Of a block that attends: whether its softmax map is rounded here and now, with activations quantized."""
+        return True
+
     def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
         self.use_weight_quant, self.use_act_quant = weight_quant, act_quant
         for module in self.modules():

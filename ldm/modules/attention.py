@@ -8,7 +8,7 @@ Axes in comments: N images, C channels, H height, W width, P = H*W positions, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -155,8 +155,28 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # N, P, C
+        tokens = _as_tokens(self.proj_in(self.norm(x)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        h = tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # N, C, H, W
-        return x + self.proj_out(h)
+        return x + self.proj_out(_as_map(tokens, x.shape[2:]))
+
+    def handed_on(self, name: str, out: Tensor, context: Tensor, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """What the part behind another one takes, given what that one gives.
+
+        Args:
+            name: of the one before: ``proj_in``, or ``transformer_blocks.`` and a number.
+            size: height and width of the feature map.
+        """
+        if name == "proj_in":
+            return _as_tokens(out), context
+        if name == f"transformer_blocks.{len(self.transformer_blocks) - 1}":
+            return (_as_map(out, size),)
+        return out, context
+
+
+def _as_tokens(feature_map: Tensor) -> Tensor:
+    return feature_map.flatten(2).transpose(1, 2)  # N, P, C
+
+
+def _as_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, tuple(size))  # N, C, H, W

@@ -106,11 +106,14 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         source = x if context is None else context
         return len(x) * self.heads * x.shape[1] * source.shape[1]
 
+    def rounds_map(self) -> bool:
+        return rounds_map(self.act_quantizer_w)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.use_act_quant:
             return super().attend(q, k, v)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
-        if not rounds_map(self.act_quantizer_w):
+        if not self.rounds_map():
             return super().attend(q, k, v)
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

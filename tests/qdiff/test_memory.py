@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from qdiff import memory
 from qdiff.calibrate import calibrate
@@ -21,6 +22,7 @@ from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.memory import (
     Boundary,
     BudgetError,
+    FileRate,
     Kept,
     MemoryBudget,
     MemoryPlan,
@@ -31,7 +33,7 @@ from qdiff.memory import (
     samples_at_once,
 )
 from qdiff.pinned import Arena
-from qdiff.places import Collector, Shelf, _is_mapped, mapped_empty, unpacked
+from qdiff.places import Collector, Shelf, _is_mapped, mapped_empty, released, unpacked
 
 from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
 
@@ -509,6 +511,60 @@ def test_a_collector_widens_when_it_must() -> None:
     assert torch.cat([near, far, filed]).tolist() == [[1, 1], [1, 1], [1e5, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("near", [0, 4, 7])
+@pytest.mark.parametrize("pinned", [None, 0, 2])
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_rows_become_others_where_they_lie(near: int, pinned: int | None, chunk: int, tmp_path: Path) -> None:
+    x, t = torch.randn(7, 2, 3, 3), torch.arange(7)
+    collector = Collector(7, near, compact=False, pinned=pinned, ring=5, folder=tmp_path)
+    collector.add((x, t))
+    before = collector.parts()
+    old = x.clone()
+
+    def step(start: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert torch.equal(tensors[0], old[start : start + chunk])
+        assert torch.equal(tensors[1], t[start : start + chunk])
+        return (2 * tensors[0]).flatten(2).transpose(1, 2), torch.full((len(tensors[0]), 1), float(start))
+
+    collector.become(step, chunk)
+    after = collector.parts()
+    expected = (2 * old).flatten(2).transpose(1, 2), (torch.arange(7) // chunk * chunk)[:, None].float()
+    for number, whole in enumerate(expected):
+        assert torch.equal(torch.cat([part[number] for part in after[:3]]), whole)
+    for part, earlier in zip(after[:3], before[:3], strict=True):
+        assert part[0].data_ptr() == earlier[0].data_ptr()
+    assert [len(part[0]) for part in after] == [len(part[0]) for part in before]  # the ring too
+
+
+def test_rows_that_become_too_large_for_half_precision_widen() -> None:
+    collector = Collector(4, 2, compact=True, pinned=1)
+    collector.add((torch.tensor([[1.0], [2.0], [3.0], [4.0]]),))
+    collector.become(lambda start, tensors: (tensors[0] * (1.0 if start == 0 else 1e5),), 1)
+    (near,), (far,), (filed,), _ = collector.parts()
+    assert torch.cat([near, far, filed]).tolist() == [[1], [2e5], [3e5], [4e5]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_what_lies_in_files_is_not_the_processs_memory(tmp_path: Path) -> None:
+    """Written and read, 64 MB; the contents stay."""
+    x = torch.arange(16 * 2**20, dtype=torch.float32)
+    before = memory.resident_bytes()
+    kept = Shelf("disk", compact=False, folder=tmp_path).keep(x)
+    assert memory.resident_bytes() - before < 2**24
+    assert torch.equal(kept, x)
+    assert memory.resident_bytes() - before > 2**25  # as a process sees it that reads and does not let go
+    released(kept)
+    assert memory.resident_bytes() - before < 2**24
+    assert torch.equal(kept, x)
+
+
+def test_a_disks_rate_is_measured(tmp_path: Path) -> None:
+    rate = memory.file_rate(tmp_path)
+    assert all(1e6 < value < 1e12 for value in rate)
+    assert not list(tmp_path.iterdir())
+    assert FileRate(2.0, 4.0).seconds(8.0, 3) == 4 + 6
+
+
 def test_missing_rows_are_noticed() -> None:
     collector = Collector(4, 4, compact=False)
     collector.add((torch.ones(3, 2),))
@@ -534,8 +590,8 @@ def test_a_budget_changes_nothing_but_the_place(
 ) -> None:
     results = []
     for place, (budget, rate) in PLACES.items():
-        monkeypatch.setattr("qdiff.memory._FILE_BYTES_PER_SECOND", rate)
-        monkeypatch.setattr("qdiff.memory._TRAVELLED", 6 if rate < 1e15 else math.inf)  # all of it: never
+        monkeypatch.setattr("qdiff.memory.file_rate", lambda folder, rate=rate: FileRate(rate, rate))
+        monkeypatch.setattr("qdiff.memory._TRAVELLED", 3 if rate < 1e15 else math.inf)  # all of it: never
         budget = budget and dataclasses.replace(budget, folder=tmp_path)
         qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True))
         with caplog.at_level("INFO", "qdiff"):

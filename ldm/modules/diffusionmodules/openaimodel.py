@@ -265,6 +265,12 @@ class UNetModel(StagedNetwork):
         else:
             super().run_stage(stage, flow)
 
+    def handed_on(self, path: str, stage: Stage, out: Tensor, flow: Flow) -> tuple[Tensor, ...]:
+        transformer = self.get_submodule(stage.path)
+        assert isinstance(transformer, SpatialTransformer)  # no other stage is chained
+        assert flow.context is not None
+        return transformer.handed_on(path.removeprefix(f"{stage.path}."), out, flow.context, flow.h.shape[2:])
+
     def _list_stages(self) -> Iterator[Stage]:
         yield Stage("time_embed")
         for number, parts in enumerate(self.input_blocks):
@@ -282,7 +288,7 @@ class UNetModel(StagedNetwork):
 
 def _stage(path: str, module: nn.Module, *, joins: bool = False, leaves: bool = False) -> Stage:
     timed, attends = isinstance(module, ResBlock), isinstance(module, SpatialTransformer)
-    return Stage(path, timed=timed, attends=attends, joins=joins, leaves=leaves)
+    return Stage(path, timed=timed, attends=attends, joins=joins, leaves=leaves, chained=attends)
 
 
 def _refuse(wrong: bool, message: str) -> None:
