@@ -30,7 +30,7 @@ from qdiff.memory import (
     measure,
     sets_rounding_aside,
 )
-from qdiff.places import Collector, Shelf, released, unpacked
+from qdiff.places import Collector, Shelf, fetched, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
@@ -306,10 +306,7 @@ class Frontier:
         return dataclasses.replace(moved, t=flow.t, context=flow.context)  # no stage changes them
 
     def _fetched(self, x: Tensor) -> Tensor:
-        here = x.to(self.device)
-        if here is not x:
-            released(x)
-        return unpacked(here)
+        return unpacked(fetched(x, self.device))
 
     @contextlib.contextmanager
     def _as_rows_between_units(self, stage: Any) -> Iterator[None]:

@@ -795,6 +795,11 @@ def gpu_limit(budget: MemoryBudget | None, device: torch.device) -> Iterator[Non
     _limited.add(device)
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the {budget.gpu_bytes / GIB:.1f} GiB of GPU memory allowed are not enough; "
+            "raise --cali_gpu_gb or lower --cali_batch_size"
+        ) from error
     finally:
         _limited.discard(device)
         torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,59 +76,153 @@ class Shelf:
         if self.place == "gpu":
             return x
         if self.place == "disk":
-            return x if x.device.type == "cpu" and _is_mapped(x) else self._filed(x)
-        if x.device.type == "cpu" and not _is_mapped(x):
+            return x if x.device.type == "cpu" and is_filed(x) else self._filed(x)
+        if x.device.type == "cpu" and not is_filed(x):
             return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
         flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
         return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
 
     def _filed(self, x: Tensor) -> Tensor:
-        filed = mapped_empty(x, self.folder).copy_(x)
-        released(filed)
-        return filed
+        file = File(x.numel() * x.element_size(), self.folder)
+        try:
+            file.write(0, _flat(x))
+            return _laid_out_like(file.mapped(x.numel(), x.dtype), x)
+        finally:
+            file.close()  # there may be thousands
 
 
-def mapped_empty(like: Tensor, folder: Path | None) -> Tensor:
-    """A tensor of a shape and type whose memory is a file, which goes with it.
+class File:
+    """A file without a name, which goes with whoever holds it or a tensor that is mapped to it.
+
+    It is read where it is mapped, and written by calls: writing to mapped memory goes page by page through the system,
+    several times as slow.
 
     Raises:
-        OSError: the disk is full; found out here, not by a signal when the memory is written.
+        OSError: the disk is full; found out here, not by a signal when the memory is read.
     """
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
-    try:
-        size = max(1, like.numel() * like.element_size())
+
+    def __init__(self, size: int, folder: Path | None):
+        self._folder = folder
+        self._handle, self._name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
         try:
-            os.posix_fallocate(handle, 0, size)
+            self._checked(os.posix_fallocate, self._handle, 0, max(1, size))
+        except OSError:
+            self.close()
+            raise
+
+    def mapped(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many values from its beginning. To be asked for once; the name is gone then."""
+        flat = torch.from_file(self._name, shared=True, size=count, dtype=dtype)
+        self._forget_name()
+        _MAPPED[flat.untyped_storage().data_ptr()] = self
+        weakref.finalize(flat, _MAPPED.pop, flat.untyped_storage().data_ptr(), None)
+        return flat
+
+    def write(self, offset: int, values: Tensor) -> None:
+        """Put values, in one row, at a number of bytes from its beginning."""
+        rest = memoryview(_on_host(values).view(torch.uint8).numpy())
+        while rest:
+            written = self._checked(os.pwrite, self._handle, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def read(self, offset: int, out: Tensor) -> bool:
+        """Fill a dense tensor on the host from a number of bytes on. False where the file is closed."""
+        rest = memoryview(out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy())
+        while self._handle >= 0 and rest:
+            got = self._checked(os.preadv, self._handle, [rest], offset)
+            rest, offset = rest[got:], offset + got
+        return not rest
+
+    def close(self) -> None:
+        """Neither written nor read by calls any more."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+            self._forget_name()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()
+
+    def _forget_name(self) -> None:
+        if self._name:
+            os.unlink(self._name)
+            self._name = ""
+
+    def _checked(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder or tempfile.gettempdir())) from error
-        flat = torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype)
-    finally:
-        os.close(handle)
-        os.unlink(name)  # the mapping keeps it until the tensor is gone
-    _MAPPED.add(flat.untyped_storage().data_ptr())
-    weakref.finalize(flat, _MAPPED.discard, flat.untyped_storage().data_ptr())
-    return _laid_out_like(flat, like)
+            raise OSError(error.errno, error.strerror, str(self._folder or tempfile.gettempdir())) from error
 
 
-_MAPPED: set[int] = set()
+_staging: list[Tensor] = []
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """Values in one row, in host memory: until the next ones where they come from a GPU."""
+    if values.device.type == "cpu":
+        return values.contiguous()
+    size = values.numel() * values.element_size()
+    if not _staging or _staging[0].numel() < size:
+        _staging[:] = [torch.empty(size, dtype=torch.uint8, pin_memory=True)]
+    return _staging[0][:size].view(values.dtype).copy_(values)
+
+
+_MAPPED: dict[int, File] = {}  # by where its contents begin in memory
+
+
+def _file_of(x: Tensor) -> File | None:
+    return _MAPPED.get(x.untyped_storage().data_ptr())
+
+
+def is_filed(x: Tensor) -> bool:
+    """Whether a tensor's memory is a file's."""
+    return _file_of(x) is not None
+
+
+def read_filed(x: Tensor, out: Tensor) -> None:
+    """Copy what lies in a file, one behind the other in memory, to where it shall lie on the host."""
+    file = _file_of(x)
+    if file is None or not file.read(x.data_ptr() - x.untyped_storage().data_ptr(), out):
+        out.copy_(x)
+
+
+def fetched(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on a device; out of a file all at once, and no longer in this process's memory then.
+
+    What is read through a mapping is the system's, which keeps as much of it in memory as it has room for, but counts
+    as this process's from the first touch.
+    """
+    if device.type == "cpu" or not is_filed(x):
+        return x.to(device)
+    _advise(x, _POPULATE_READ)
+    here = x.to(device)
+    released(x)
+    return here
 
 
 def released(x: Tensor) -> None:
-    """Let go of the memory into which a file's contents were read or written, where ``x`` is such a file's.
-
-    They are the system's from then on, which keeps as much of them in memory as it has room for. Left alone, whatever
-    was touched once would count as this process's.
-    """
-    if not _is_mapped(x) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    storage = x.untyped_storage()
-    ctypes.CDLL(None, use_errno=True).madvise(
-        ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED
-    )
+    """Let go of the memory to which a file's contents were read, where ``x`` is such a file's."""
+    if is_filed(x):
+        _advise(x, mmap.MADV_DONTNEED)
 
 
-def _is_mapped(x: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() in _MAPPED
+_POPULATE_READ = 22  # Linux 5.14; mmap has no name for it
+
+
+def _advise(x: Tensor, advice: int) -> None:
+    """Tell the system about the pages in which a tensor lies; it may not understand."""
+    start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = x.data_ptr() + x.numel() * x.element_size() - start
+    ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """As it lies in memory, for :func:`_laid_out_like`."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(-1)
 
 
 def _laid_out_like(flat: Tensor, like: Tensor) -> Tensor:
@@ -244,6 +338,7 @@ class _RowStore:
         self.dtype = torch.float16 if layout.compact and compactable(first) else first.dtype
         self.length = first[0].numel()
         self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
+        self._written: File | None = None
         self.room, self.file = self._far(), self._filed()
 
     def fits(self, x: Tensor) -> bool:
@@ -262,20 +357,30 @@ class _RowStore:
         for part, length in self._parts():
             begin, end = max(start, first), min(stop, first + length)
             if begin < end:
-                pieces.append(part[begin - first : end - first].to(self.head.device))
-                released(part)
+                pieces.append(self._fetched(part[begin - first : end - first]))
             first += length
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return self._shaped(rows.float() if rows.is_floating_point() else rows)
+
+    def _fetched(self, rows: Tensor) -> Tensor:
+        if not is_filed(rows):
+            return rows.to(self.head.device)
+        out = torch.empty_like(rows)
+        read_filed(rows, out)
+        return out.to(self.head.device)
 
     def _far(self) -> Tensor:
         count = self.layout.pinned + (self.layout.ring if self.layout.filed else 0)
         return self._pinned(count) if count and self.last else torch.empty(count, self.length, dtype=self.dtype)
 
     def _filed(self) -> Tensor:
+        """Mapped, of a file that is open for writing."""
         count = self.layout.filed
-        like = torch.empty(count, self.length, dtype=self.dtype, device="meta" if count else "cpu")
-        return mapped_empty(like, self.layout.folder) if count else like
+        if not count:
+            return torch.empty(0, self.length, dtype=self.dtype)
+        values = count * self.length
+        self._written = File(values * self.dtype.itemsize, self.layout.folder)
+        return self._written.mapped(values, self.dtype).view(count, self.length)
 
     def _pinned(self, count: int) -> Tensor:
         """Out of the arena; where its gaps are too small, memory of its own: the GPU has to reach it."""
@@ -298,9 +403,12 @@ class _RowStore:
         first = 0  # of a part's rows
         for part, length in self._parts():
             begin, end = max(start, first), min(start + len(rows), first + length)
-            if begin < end:
+            if begin < end and part is self.file:
+                assert self._written is not None
+                offset = (begin - first) * self.length * self.dtype.itemsize
+                self._written.write(offset, rows[begin - start : end - start].to(self.dtype).reshape(-1))
+            elif begin < end:
                 part[begin - first : end - first].copy_(rows[begin - start : end - start])
-                released(part)
             first += length
 
     def _parts(self) -> list[tuple[Tensor, int]]:
@@ -313,6 +421,7 @@ class _RowStore:
         self.head = self.head.float()
         room, file = self._far(), self._filed()
         self.room, self.file = room.copy_(self.room), file.copy_(self.file)
+        released(self.file)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As :class:`Rows` has them."""

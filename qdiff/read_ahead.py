@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qdiff.capture import UnitData
-from qdiff.places import RING_STRETCHES, STRETCH
+from qdiff.places import RING_STRETCHES, STRETCH, read_filed
 
 READERS = 4  # threads; one alone does not keep a disk busy
 
@@ -101,4 +101,4 @@ class ReadAhead:
 
     def _copy(self, row: int, slot: int) -> None:
         for ring, file in zip(self._rings, self._files, strict=True):
-            ring[slot].copy_(file[row])
+            read_filed(file[row], ring[slot])

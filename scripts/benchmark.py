@@ -132,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         own.add_argument("--device", type=device_name, help="cpu or cuda [cuda where there is one]")
         own.add_argument("--json", type=Path, help=f"where the figures go [benchmark-{name}.json]")
         own.add_argument("--threads", type=at_least(1), help="of a CPU [torch's choice]")
+        own.add_argument("--verbose", action="store_true", help="tracebacks with errors")
         return own
 
     own = add("calibration", benchmark_calibration, CIFAR, "A whole calibration, split into its parts.")
@@ -208,10 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = resolve_device("cpu" if args.command == "cpu" else args.device)
-    with exit_on_error(PROGRAM):
+    with exit_on_error(PROGRAM, verbose=args.verbose):
         result = args.run(args)
         settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "device")
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items()
+            if k not in ("run", "device", "verbose")
         }
         facts = {"benchmark": args.command, "environment": environment(args.device), "settings": settings}
         path = args.json or Path(f"benchmark-{args.command}.json")

@@ -229,7 +229,7 @@ def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) ->
             pairs = zip(*(found(out[unit.path]) for out in outputs), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
         waits = list(frontiers[1].waiting())
-        in_files = {id(x) for x in waits if x.is_floating_point() and places._is_mapped(x)}
+        in_files = {id(x) for x in waits if x.is_floating_point() and places.is_filed(x)}
         after = qnn.model.stages().index(stage) + 1
         assert bool(in_files) == (after < len(some) and some[after].filed)
 

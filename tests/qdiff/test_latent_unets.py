@@ -302,7 +302,7 @@ def test_a_transformers_units_hand_their_rows_on(act_quant: bool) -> None:
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_both_ways_rows_come_to_the_same_bits(compact: bool) -> None:
-    """Handed on, or each unit's collected by a run of its stage, as where a calibration goes on in the middle of one."""
+    """Handed on, or each unit's collected by a run of its stage, as where a calibration goes on within one."""
     qnn, inputs = transformer()
     handed_on = PairedCapture(qnn, inputs, act_quant=True, chunk=2, compact=compact)
     collected = PairedCapture(qnn, inputs, act_quant=True, chunk=2, compact=compact)

@@ -33,7 +33,7 @@ from qdiff.memory import (
     samples_at_once,
 )
 from qdiff.pinned import Arena
-from qdiff.places import Collector, Shelf, _is_mapped, mapped_empty, released, unpacked
+from qdiff.places import Collector, File, Shelf, is_filed, released, unpacked
 
 from .conftest import calibration_set, noisy_inputs, with_grids, wrapped
 
@@ -465,7 +465,7 @@ def test_shelves_give_back_what_was_put_on_them(place: str, compact: bool, tmp_p
     assert kept.is_contiguous(memory_format=torch.channels_last)
     assert shelf.keep(kept) is kept
     moved = other.keep(kept)  # out of a file too
-    assert _is_mapped(moved) != _is_mapped(kept)
+    assert is_filed(moved) != is_filed(kept)
     assert torch.equal(moved, kept)
     t = torch.tensor([999.0, 1.0])
     assert torch.equal(shelf.keep(t), t)
@@ -483,7 +483,7 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left") as error:
-        mapped_empty(torch.empty(4), tmp_path)
+        File(16, tmp_path)
     assert error.value.filename == str(tmp_path)
     assert not list(tmp_path.iterdir())
 
