@@ -226,7 +226,7 @@ def _learn(
         for unit in (unit for unit in wanted if unit.stage == stage):
             unit_data = _unit_data(capture, unit, targets)
             report = step(unit, unit_data, config, seed=_unit_seed(config.seed, phase, numbers[unit.path]))
-            share = _relative_loss(report, unit_data, p)
+            share = _relative_loss(report, unit_data, p, config.batch_size)
             del unit_data  # before the next one's is collected
             now = time.perf_counter()
             yield FinishedUnit(report, share, now - started)
@@ -247,11 +247,17 @@ def _unit_data(capture: PairedCapture, unit: Unit, targets: dict[str, Collector]
     return capture.data(unit, targets)
 
 
-def _relative_loss(report: UnitReport, data: UnitData, p: float) -> float:
-    """The remaining loss as a share of what an output of zeros would lose, on the samples of the report."""
+def _relative_loss(report: UnitReport, data: UnitData, p: float, batch_size: int) -> float:
+    """The remaining loss as a share of what an output of zeros would lose, on the samples of the report.
+
+    Args:
+        batch_size: samples at once.
+    """
+    nothing = 0.0
     index = torch.linspace(0, len(data) - 1, min(FIXED_BATCH, len(data))).long()
-    _, target = data.rows(index, data.target.device)
-    nothing = reconstruction_loss(torch.zeros_like(target), target, p).item()
+    for part in index.split(batch_size):
+        _, target = data.rows(part, data.target.device)
+        nothing += reconstruction_loss(torch.zeros_like(target), target, p).item() * len(part) / len(index)
     return report.loss_after / nothing if nothing else 0.0
 
 

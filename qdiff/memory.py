@@ -774,7 +774,7 @@ def _status_bytes(name: str) -> int:
 
 # The GPU's limit.
 
-_limits: dict[torch.device, int] = {}
+_limited: set[torch.device] = set()
 
 
 @contextlib.contextmanager
@@ -787,11 +787,12 @@ def gpu_limit(budget: MemoryBudget | None, device: torch.device) -> Iterator[Non
         yield
         return
     device = _with_index(device)
+    _, total = torch.cuda.mem_get_info(device)
     torch.cuda.empty_cache()
     _expand_segments(True)
     limit = max(0, budget.gpu_bytes - _MAPPED_AT_ONCE)  # the limit is looked at before a size is rounded up to pages
-    _limit(device, limit)
-    _limits[device] = limit
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    _limited.add(device)
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -800,34 +801,9 @@ def gpu_limit(budget: MemoryBudget | None, device: torch.device) -> Iterator[Non
             "raise --cali_gpu_gb or lower --cali_batch_size"
         ) from error
     finally:
-        del _limits[device]
+        _limited.discard(device)
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         _expand_segments(False)
-
-
-@contextlib.contextmanager
-def half_of_the_room(device: torch.device) -> Iterator[None]:
-    """Inside the ``with`` block PyTorch takes no more than half of what its limit leaves, where there is one.
-
-    Convolutions that are tried there take workspaces as large as they find room for. A recorded graph needs them again,
-    from memory of its own, in which room for one may lie in pieces when the next one comes.
-    """
-    limit = _limits.get(_with_index(device)) if device.type == "cuda" else None
-    if limit is None:
-        yield
-        return
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved(device)
-    _limit(device, (held + max(held, limit)) // 2)
-    try:
-        yield
-    finally:
-        _limit(device, limit)
-
-
-def _limit(device: torch.device, size: int) -> None:
-    _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
 
 
 def _expand_segments(on: bool) -> None:
@@ -848,5 +824,5 @@ def _with_index(device: torch.device) -> torch.device:
 
 def give_back_unused(device: torch.device) -> None:
     """Where a limit is set, free what PyTorch holds but does not use: a graph being recorded cannot do so itself."""
-    if _limits and _with_index(device) in _limits:
+    if _limited and _with_index(device) in _limited:
         torch.cuda.empty_cache()

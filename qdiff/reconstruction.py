@@ -42,7 +42,7 @@ from qdiff.learners import (
     rounding_progress,
     rounding_schedule,
 )
-from qdiff.memory import forget_host_peak, give_back_unused, half_of_the_room, host_peak_bytes
+from qdiff.memory import forget_host_peak, give_back_unused, host_peak_bytes
 from qdiff.places import STRETCH
 from qdiff.primitives import SMALLEST_DELTA, reconstruction_loss, reconstruction_slope
 from qdiff.quant_layer import QuantModule
@@ -533,9 +533,11 @@ class _Stage:
         side = side_stream(device, "recording")
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            if not self._warms_up_in_half_of_the_room():
-                give_back_unused(device)
-                self._warm_up()
+            if self.far:
+                self._fetch(self.buffers[0], 0)
+            for _ in range(_GRAPH_WARMUP):
+                self.iterate(1)
+                self.counter.zero_()
         torch.cuda.current_stream(device).wait_stream(side)
         loop.learner.reset()
         loop.losses.zero_()
@@ -549,22 +551,6 @@ class _Stage:
         if self.far:
             self._fetch(self.buffers[0], 0)
         return self
-
-    def _warms_up_in_half_of_the_room(self) -> bool:
-        try:
-            with half_of_the_room(self.loop.device):
-                self._warm_up()
-        except torch.OutOfMemoryError:  # it does not even hold the unit
-            return False
-        return True
-
-    def _warm_up(self) -> None:
-        self.counter.zero_()
-        if self.far:
-            self._fetch(self.buffers[0], 0)
-        for _ in range(_GRAPH_WARMUP):
-            self.iterate(1)
-            self.counter.zero_()
 
     def advance(self, start: int, stop: int) -> None:
         """Play iterations from one number to another."""

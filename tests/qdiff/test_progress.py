@@ -17,7 +17,7 @@ import torch
 
 from qdiff import progress as progress_module
 from qdiff.calibrate import UnitProgress, calibrate
-from qdiff.capture import PairedCapture
+from qdiff.capture import PairedCapture, UnitData
 from qdiff.checkpoint import packed_bytes, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.progress import CalibrationProgress, FinishedUnit, ProgressError, identity, source_hashes, tensor_hash
@@ -211,6 +211,20 @@ def test_relative_loss_is_what_zeros_would_lose(monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "reconstruct_weights", watched)
     _, seen = run(None)
     assert [u.relative_loss for u in seen[:UNITS]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_more_samples_than_a_batch_are_looked_at_together(monkeypatch) -> None:
+    """Beside all rows for which there was room, there is none for more of them in float32."""
+    seen: list[int] = []
+    original = UnitData.rows
+
+    def watched(self: UnitData, index: torch.Tensor, device: torch.device) -> Any:
+        seen.append(len(index))
+        return original(self, index, device)
+
+    monkeypatch.setattr(UnitData, "rows", watched)
+    calibrate(wrapped(**SMALL), calibration_set(9), CalibrationConfig(iters=1, iters_a=1, batch_size=2))
+    assert set(seen) == {1, 2}
 
 
 def test_traces_survive() -> None:
