@@ -81,15 +81,6 @@ class Arena:
         """Whether a tensor is a piece of this arena."""
         return x.device.type == "cpu" and 0 <= x.data_ptr() - self._memory.data_ptr() < self.size
 
-    def lowered(self, x: Tensor) -> Tensor:
-        """A piece, moved to a lower place where one is free: long stretches get free again above it."""
-        offset, size = x.data_ptr() - self._memory.data_ptr(), x.untyped_storage().nbytes()
-        if not any(start < offset and length >= size for start, length in self._free):
-            return x
-        flat = self.empty((x.numel(),), x.dtype)  # the lowest
-        assert flat is not None  # a stretch is long enough
-        return torch.as_strided(flat, x.shape, x.stride()).copy_(x)
-
     def moved_together(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         """Move whole pieces as low as they go, so that what is free between them becomes one stretch above.
 

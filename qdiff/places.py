@@ -78,7 +78,7 @@ class Shelf:
         if self.place == "disk":
             return x if x.device.type == "cpu" and is_filed(x) else self._filed(x)
         if x.device.type == "cpu" and not is_filed(x):
-            return x if self.arena is None or not self.arena.holds(x) else self.arena.lowered(x)
+            return x
         flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
         return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
 

@@ -63,20 +63,6 @@ def test_the_top_and_the_bottom() -> None:
     assert piece(mine, 2) is not None
 
 
-def test_a_piece_moves_down() -> None:
-    mine = arena(4)
-    first, second = piece(mine), mine.empty((4, 8, 2, 2), torch.float32)
-    second = second.permute(0, 3, 1, 2).copy_(torch.randn(4, 2, 8, 2))
-    before, address = second.clone(), second.data_ptr()
-    assert mine.lowered(second) is second
-    del first
-    second = mine.lowered(second)
-    assert second.data_ptr() == address - ALIGNMENT
-    assert torch.equal(second, before)
-    assert second.stride() == before.stride()
-    assert piece(mine, 3) is not None
-
-
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=12), st.data())
 def test_pieces_move_together(sizes: list[tuple[int, bool]], data: st.DataObject) -> None:
     """What is free is one stretch then; every piece, and whatever looks at it, is what it was."""
