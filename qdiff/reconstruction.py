@@ -94,6 +94,7 @@ class UnitReport:
         peak_gpu_bytes, peak_host_bytes: the most memory that was in use meanwhile.
         trace: looks at the optimisation.
         loop_seconds: of ``seconds``, what the iterations took; the rest is preparation and measuring.
+        iteration_seconds: of one of them, counted behind the first look, before which a GPU takes in what it will play.
     """
 
     name: str
@@ -110,6 +111,7 @@ class UnitReport:
     trace: tuple[TracePoint, ...] = ()
     loop_seconds: float = 0.0
     peak_host_bytes: int = 0
+    iteration_seconds: float = 0.0
 
 
 def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:
@@ -174,6 +176,7 @@ class _Result(NamedTuple):
     note: str
     trace: tuple[TracePoint, ...]
     loop_seconds: float = 0.0
+    iteration_seconds: float = 0.0
 
 
 def _learn(
@@ -201,7 +204,7 @@ def _learn(
         learner.finish(learned=not problem)
         after = WORKERS.same(measure())
         if not problem and math.isfinite(after) and after <= before:
-            return _Result(after, outcome, "; ".join(problems), tuple(loop.trace), loop.seconds)
+            return _Result(after, outcome, "; ".join(problems), *loop.account())
         if not problem:
             problem = f"the loss rose from {before:.4g} to {after:.4g}"
             learner.finish(learned=False)
@@ -209,7 +212,7 @@ def _learn(
             break  # a sound optimisation that does not help; a smaller rate would not either
         problems.append(problem)
         log.warning("%s: %s", unit.path, problem)
-    return _Result(measure(), "kept", "; ".join(problems), tuple(loop.trace), loop.seconds)
+    return _Result(measure(), "kept", "; ".join(problems), *loop.account())
 
 
 def device_of(unit: Unit) -> torch.device:
@@ -246,6 +249,7 @@ def _report(unit: Unit, phase: Phase, iterations: int, before: float, result: _R
         result.trace,
         result.loop_seconds,
         host_peak_bytes(),
+        result.iteration_seconds,
     )
 
 
@@ -402,7 +406,17 @@ class _Loop:
         self.draws = WORKERS.share(draws).contiguous().to(self.device)
         self.losses = torch.zeros(iterations, device=self.device)
         self.trace: list[TracePoint] = []
-        self.seconds = 0.0
+        self.clock: list[float] = []  # at the start and at every look
+
+    def account(self) -> tuple[tuple[TracePoint, ...], float, float]:
+        """The looks, the seconds of all iterations, and those of one behind the first look. 0 where it broke off."""
+        looks = self._looks()
+        if len(self.clock) <= len(looks):
+            return tuple(self.trace), 0.0, 0.0
+        start, first, last = self.clock[0], self.clock[1], self.clock[-1]
+        if len(looks) == 1:
+            return tuple(self.trace), last - start, (last - start) / self.iterations
+        return tuple(self.trace), last - start, (last - first) / (self.iterations - looks[0])
 
     def run(self) -> str:
         """All iterations. Returns what went wrong, empty where nothing did."""
@@ -411,14 +425,15 @@ class _Loop:
             # The stage has the buffers that graphs read and write.
             stage = held.enter_context(_Stage(self)) if graphs else None
             advance = self._eagerly if stage is None else stage.recorded(self._looks()).advance
-            done, started = 0, self._now()
+            done = 0
+            self.clock.append(self._now())
             for stop in self._looks():
                 advance(done, stop)
                 problem = self._look(done, stop)
                 if problem:
                     return problem
                 done = stop
-            self.seconds = self._now() - started
+                self.clock.append(self._now())
         return ""
 
     def _now(self) -> float:

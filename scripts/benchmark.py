@@ -383,7 +383,7 @@ class Breakdown:
         more = dict.fromkeys(("weights", "activations"), 0.0)
         for r in learned:
             if (wanted := iterations.get(r.phase)) and r.iterations:
-                more[r.phase] += r.loop_seconds * (wanted / r.iterations - 1)
+                more[r.phase] += r.iteration_seconds * (wanted - r.iterations)
         return dataclasses.replace(
             self,
             weights=(self.weights + more["weights"]) * share,
@@ -443,8 +443,9 @@ def extrapolation_note(parts: Breakdown, args: Any) -> str:
     note = (
         f"An extrapolation, not a measurement: {args.iters} + {args.iters_a} iterations a unit ran, in "
         f"{parts.total:.1f} s altogether; the table has the time of {args.full_iters or args.iters} + "
-        f"{args.full_iters_a or args.iters_a}, each as long as the mean of those that ran. Convolutions were chosen by "
-        "trying all, as in an optimisation of that length."
+        f"{args.full_iters_a or args.iters_a}, the further ones as long as the mean of those that ran, without a unit's "
+        "first twentieth, which takes longer. Convolutions were chosen by trying all, as in an optimisation of that "
+        "length."
     )
     if failed:
         note += f" Not counted are {len(failed)} units that stopped before the end: {', '.join(failed)}."

@@ -355,6 +355,7 @@ def test_report(phase: str) -> None:
     assert report.iterations == {"weights": 3, "activations": 2}[phase]
     assert report.parameters == sum(p.numel() for m in unit.layers() for p in (m.weight, m.bias))
     assert 0 < report.loop_seconds < report.seconds
+    assert 0 < report.iteration_seconds * (report.iterations - 1) < report.loop_seconds  # a look at each
     assert all(isinstance(m, QuantModule) for m in unit.layers())
 
 

@@ -68,15 +68,15 @@ def test_extrapolation_multiplies_what_was_learned() -> None:
 
 
 def test_iterations_are_extrapolated_from_those_that_ran() -> None:
-    def report(name: str, phase: str, loop_seconds: float) -> object:
-        return benchmark.UnitReport(name, "layer", phase, 1, 10, 1.0, 1.0, 3.0, loop_seconds=loop_seconds)
+    def report(name: str, phase: str, each: float) -> object:
+        return benchmark.UnitReport(name, "layer", phase, 1, 10, 1.0, 1.0, 3.0, iteration_seconds=each)
 
-    reports = [report("a", "weights", 2.0), report("b", "weights", 1.0), report("a", "activations", 0.5)]
+    reports = [report("a", "weights", 0.2), report("b", "weights", 0.1), report("a", "activations", 0.05)]
     parts = benchmark.Breakdown(setup=1.0, weights=6.0, activations=3.0, reports=reports)
     whole = parts.extrapolated({"weights": 100, "activations": None})
-    assert (whole.setup, whole.weights, whole.activations) == (1.0, 6.0 + 2.0 * 9 + 1.0 * 9, 3.0)
+    assert (whole.setup, whole.weights, whole.activations) == (1.0, 6.0 + 0.2 * 90 + 0.1 * 90, 3.0)
     half = dataclasses.replace(parts, skipped=frozenset("b")).extrapolated({"weights": 100})
-    assert half.weights == (6.0 + 2.0 * 9) * 3 / 2  # two of three reports stand for all
+    assert half.weights == (6.0 + 0.2 * 90) * 3 / 2  # two of three reports stand for all
     assert parts.extrapolated().total == parts.total
 
 
@@ -135,9 +135,9 @@ def test_latent_networks_are_calibrated_and_extrapolated(kind: str, latent, tmp_
     assert figures["extrapolated"]
     assert figures["whole"] == pytest.approx(sum(figures[part] for part in benchmark.Breakdown.PARTS))
     learned = [unit for unit in figures["units"] if unit["iterations"]]
-    for phase, times in (("weights", 9), ("activations", 4)):
+    for phase, further in (("weights", 18), ("activations", 8)):
         mine = [unit for unit in learned if unit["phase"] == phase]
-        expected = sum(unit["seconds"] + times * unit["loop_seconds"] for unit in mine)
+        expected = sum(unit["seconds"] + further * unit["iteration_seconds"] for unit in mine)
         assert figures[phase] == pytest.approx(expected)
     assert figures["measured_s"] < figures["whole"]
 
