@@ -32,7 +32,7 @@ _in_half = contextvars.ContextVar("_in_half", default=False)
 _sparing = contextvars.ContextVar("_sparing", default=False)
 _unfused = contextvars.ContextVar("_unfused", default=False)
 _unrounded = contextvars.ContextVar("_unrounded", default=False)
-_captures = contextvars.ContextVar("_captures", default=False)
+_as_if_learning = contextvars.ContextVar("_as_if_learning", default=False)
 # Largest gradient in float16. A key that all of 8192 positions attend to adds up to 65 536, where float16 ends.
 _LARGEST_GRADIENT = 3  # as a power of two
 
@@ -47,22 +47,22 @@ def _holding(variable: contextvars.ContextVar[bool], value: bool) -> Iterator[No
 
 
 def half_precision(on: bool) -> contextlib.AbstractContextManager[None]:
-    """Whether :func:`attention` may compute in float16 inside the ``with`` block, for learning (:func:`capturing`)."""
+    """Whether :func:`attention` may compute in float16 inside the ``with`` block, to learn (:func:`as_if_learning`)."""
     return _holding(_in_half, on)
 
 
 def unrounded_maps(on: bool) -> contextlib.AbstractContextManager[None]:
-    """Whether softmax maps in 16 bits stay unrounded inside the ``with`` block, for learning (:func:`capturing`)."""
+    """Whether softmax maps in 16 bits stay unrounded inside the ``with`` block, to learn (:func:`as_if_learning`)."""
     return _holding(_unrounded, on)
 
 
-def capturing() -> contextlib.AbstractContextManager[None]:
-    """What units learn from is computed inside the ``with`` block: without gradients, and as if they were wanted."""
-    return _holding(_captures, True)
+def as_if_learning() -> contextlib.AbstractContextManager[None]:
+    """Inside the ``with`` block what units learn from is computed: without gradients, but as where they learn."""
+    return _holding(_as_if_learning, True)
 
 
 def _learns() -> bool:
-    return torch.is_grad_enabled() or _captures.get()
+    return torch.is_grad_enabled() or _as_if_learning.get()
 
 
 def rounds_map(quantizer: nn.Module) -> bool:
@@ -100,7 +100,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     if _unfused.get():
         return by_heads(F.scaled_dot_product_attention, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
-    wanted = _captures.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    wanted = _as_if_learning.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if not (wanted and _in_half.get() and q.dtype is torch.float32):
         return F.scaled_dot_product_attention(q, k, v)
     # Only the product of q and k matters: they share its size evenly.

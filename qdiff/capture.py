@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.attention import capturing
+from qdiff.attention import as_if_learning
 from qdiff.memory import (
     Kept,
     MemoryBudget,
@@ -301,7 +301,7 @@ class Frontier:
         self.clock.set(flow.t.to(self.device))
         moved = flow.for_stage(stage, self._fetched)
         self._size = moved.h.shape[2:]
-        with capturing(), self._as_rows_between_units(stage):
+        with as_if_learning(), self._as_rows_between_units(stage):
             self.unet.advance(stage, moved)
         return dataclasses.replace(moved, t=flow.t, context=flow.context)  # no stage changes them
 
@@ -523,7 +523,7 @@ class PairedCapture:
             (out,) = outputs
             return (unit.module(*self._full.handed_on(before, start, out)),)
 
-        with capturing():
+        with as_if_learning():
             with self.qnn.quant_state(True, self.act_quant):
                 inputs.become(given, self.memory.chunk)
             with self.qnn.quant_state(False, False):

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qdiff.attention import LARGEST_MAP, PART_OF_MAP, capturing
+from qdiff.attention import LARGEST_MAP, PART_OF_MAP, as_if_learning
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
@@ -160,7 +160,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     def attended(block: BaseQuantBlock, args: tuple[Tensor, ...]) -> None:
         size = 4 * block.attention_map_values(*args)
         maps.append((size, getattr(block, "heads", 1)))
-        with capturing():
+        with as_if_learning():
             passing_maps.append(size * block.rounds_map())
 
     def seen(path: str) -> Any:

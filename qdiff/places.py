@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import errno
+import functools
 import logging
 import mmap
 import os
@@ -120,16 +122,19 @@ class File:
 
     def write(self, offset: int, values: Tensor) -> None:
         """Put values, in one row, at a number of bytes from its beginning."""
-        rest = memoryview(_on_host(values).view(torch.uint8).numpy())
-        while rest:
-            written = self._checked(os.pwrite, self._handle, rest, offset)
-            rest, offset = rest[written:], offset + written
+        for part in values.split(_BLOCK_BYTES // values.element_size()):
+            rest = memoryview(_on_host(part).view(torch.uint8).numpy())
+            while rest:
+                written = self._checked(os.pwrite, self._handle, rest, offset)
+                rest, offset = rest[written:], offset + written
 
     def read(self, offset: int, out: Tensor) -> bool:
         """Fill a dense tensor on the host from a number of bytes on. False where the file is closed."""
         rest = memoryview(out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy())
         while self._handle >= 0 and rest:
             got = self._checked(os.preadv, self._handle, [rest], offset)
+            if not got:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._folder or tempfile.gettempdir()))
             rest, offset = rest[got:], offset + got
         return not rest
 
@@ -156,17 +161,19 @@ class File:
             raise OSError(error.errno, error.strerror, str(self._folder or tempfile.gettempdir())) from error
 
 
-_staging: list[Tensor] = []
+_BLOCK_BYTES = 2**25
+
+
+@functools.cache
+def _staging() -> Tensor:
+    return torch.empty(_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
 
 
 def _on_host(values: Tensor) -> Tensor:
-    """Values in one row, in host memory: until the next ones where they come from a GPU."""
+    """At most a block of values in one row, in host memory: until the next ones where they come from a GPU."""
     if values.device.type == "cpu":
         return values.contiguous()
-    size = values.numel() * values.element_size()
-    if not _staging or _staging[0].numel() < size:
-        _staging[:] = [torch.empty(size, dtype=torch.uint8, pin_memory=True)]
-    return _staging[0][:size].view(values.dtype).copy_(values)
+    return _staging()[: values.numel() * values.element_size()].view(values.dtype).copy_(values)
 
 
 _MAPPED: dict[int, File] = {}  # by where its contents begin in memory

@@ -443,7 +443,7 @@ def extrapolation_note(parts: Breakdown, args: Any) -> str:
     note = (
         f"An extrapolation, not a measurement: {args.iters} + {args.iters_a} iterations a unit ran, in "
         f"{parts.total:.1f} s altogether; the table has the time of {args.full_iters or args.iters} + "
-        f"{args.full_iters_a or args.iters_a}, the further ones as long as the mean of those that ran, without a unit's "
+        f"{args.full_iters_a or args.iters_a}, the further ones as long as those that ran, without a unit's "
         "first twentieth, which takes longer. Convolutions were chosen by trying all, as in an optimisation of that "
         "length."
     )

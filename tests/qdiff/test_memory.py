@@ -547,6 +547,28 @@ def test_rows_that_become_too_large_for_half_precision_widen() -> None:
     assert torch.cat([near, far, filed]).tolist() == [[1], [2e5], [3e5], [4e5]]
 
 
+@pytest.mark.parametrize("block", [2**25, 64])
+def test_files_are_written_in_blocks(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdiff.places._BLOCK_BYTES", block)
+    x = torch.randn(3, 5, 7)
+    file = File(4 * (2 + x.numel()), tmp_path)
+    file.write(8, x.flatten())
+    out = torch.empty(5, 3, 7).permute(1, 0, 2)  # dense, in another order of axes
+    assert file.read(8, out)
+    assert torch.equal(out.permute(1, 0, 2).reshape(-1), x.flatten())
+    mapped = file.mapped(2 + x.numel(), torch.float32)
+    file.close()
+    assert torch.equal(mapped[2:], x.flatten())
+    assert not file.read(8, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_has_become_short_is_an_error(tmp_path: Path) -> None:
+    file = File(64, tmp_path)
+    with pytest.raises(OSError, match="Input/output"):
+        file.read(32, torch.empty(100))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_what_lies_in_files_is_not_the_processs_memory(tmp_path: Path) -> None:
     """Written and read, 64 MB; the contents stay."""
