@@ -193,6 +193,8 @@ def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: C
     finally:
         for handle in handles:
             handle.remove()
+    for quantizer in chosen:
+        quantizer.settle()
 
 
 def _update_range(quantizer: UniformAffineQuantizer, args: tuple[Tensor, ...]) -> None:

@@ -102,7 +102,7 @@ def can_fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float) -> bool:
     if not enabled(x.device) or x.numel() == 0:
         return False
     if delta.dim() == 0:
-        return not isinstance(lo, Tensor)
+        return not isinstance(lo, Tensor) or lo.dim() == 0
     per_row = delta.dim() == x.dim() and delta.shape[0] == x.shape[0] and delta.numel() == x.shape[0]
     return per_row and isinstance(lo, Tensor) and lo.shape == delta.shape
 

@@ -123,14 +123,14 @@ class File:
     def write(self, offset: int, values: Tensor) -> None:
         """Put values, in one row, at a number of bytes from its beginning."""
         for part in values.split(_BLOCK_BYTES // values.element_size()):
-            rest = memoryview(_on_host(part).view(torch.uint8).numpy())
+            rest = _on_host(part).view(torch.uint8).numpy().data
             while rest:
                 written = self._checked(os.pwrite, self._handle, rest, offset)
                 rest, offset = rest[written:], offset + written
 
     def read(self, offset: int, out: Tensor) -> bool:
         """Fill a dense tensor on the host from a number of bytes on. False where the file is closed."""
-        rest = memoryview(out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy())
+        rest = out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy().data
         while self._handle >= 0 and rest:
             got = self._checked(os.preadv, self._handle, [rest], offset)
             if not got:

@@ -55,7 +55,7 @@ class UniformAffineQuantizer(nn.Module):
             self.register_buffer("delta", delta)
         self.register_buffer("zero_point", torch.zeros(grid_shape))
         self.ready = False
-        self._shifted: tuple[Any, Any] = self.bounds
+        self._shifted: tuple[Any, ...] = self.bounds
         self._range: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -88,7 +88,8 @@ class UniformAffineQuantizer(nn.Module):
     def update_range(self, x: Tensor) -> None:
         """Move the range a twentieth of the way to that of ``x``; the first call starts from it.
 
-        Minimum and maximum are averaged separately, then turned into a min-max grid.
+        Minimum and maximum are averaged separately, then turned into a min-max grid. Nothing is read back from a GPU
+        meanwhile; :meth:`settle` when all was seen.
         """
         lowest, highest = primitives.observed_range(x, self.config.channel_wise)
         if self._range is not None:
@@ -97,16 +98,25 @@ class UniformAffineQuantizer(nn.Module):
             highest = old_highest * RANGE_MOMENTUM + highest * (1 - RANGE_MOMENTUM)
         self._range = (lowest, highest)
         c = self.config
-        self.set_grid(
+        self._take_over(
             *primitives.range_to_grid(lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
         )
+        self._shifted = tuple(bound - self.zero_point for bound in self.bounds)
+        self.ready = True
+
+    def settle(self) -> None:
+        """Read a grid's bounds back, where they are plain numbers: with these it is used faster."""
+        self._mark_ready()
 
     @torch.no_grad()
     def set_grid(self, delta: Tensor, zero_point: Tensor) -> None:
         """Take over a grid. The zero point must hold whole numbers; shapes may differ from the declared ones."""
+        self._take_over(delta, zero_point)
+        self._mark_ready()
+
+    def _take_over(self, delta: Tensor, zero_point: Tensor) -> None:
         self.delta.data = delta.detach().to(self.delta).clone()
         self.zero_point = zero_point.detach().to(self.zero_point).clone()
-        self._mark_ready()
 
     def _mark_ready(self) -> None:
         self.ready = True

@@ -67,13 +67,13 @@ def _fake_quantize_backward_kernel(
 
 
 def fake_quantize(x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
-    """``x`` dense; ``delta`` 0-dim with numbers as bounds, or one value a row with tensors as bounds."""
+    """``x`` dense; ``delta`` 0-dim with numbers or 0-dim tensors as bounds, or one value a row with tensors."""
     out = torch.empty_like(x)
-    n, per_row = x.numel(), delta.dim() > 0
-    rows = _bounds(x, lo, hi)
+    n, rows = x.numel(), len(x) if delta.dim() > 0 else 1
+    bounds = _bounds(x, lo, hi)
     _fake_quantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
-        x, delta.contiguous(), rows[0], rows[1], out, n, n // len(x) if per_row else n, rows[2], rows[3],
-        PER_ROW=per_row, BLOCK=_ELEMENTS,
+        x, delta.contiguous(), bounds[0], bounds[1], out, n, n // rows, bounds[2], bounds[3],
+        PER_ROW=isinstance(lo, Tensor), BLOCK=_ELEMENTS,
     )  # fmt: skip
     return out
 
@@ -82,8 +82,7 @@ def fake_quantize_backward(
     grad: Tensor, x: Tensor, delta: Tensor, lo: Tensor | float, hi: Tensor | float, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients in ``x`` (None where not needed) and in ``delta``, in its shape. Sums have a fixed order."""
-    n, per_row = x.numel(), delta.dim() > 0
-    rows = len(x) if per_row else 1
+    n, rows = x.numel(), len(x) if delta.dim() > 0 else 1
     bounds = _bounds(x, lo, hi)
     length = n // rows
     block = _ELEMENTS
@@ -92,7 +91,7 @@ def fake_quantize_backward(
     partial = torch.empty(rows, blocks, device=x.device)
     _fake_quantize_backward_kernel[(blocks, rows)](
         grad, x, delta.contiguous(), bounds[0], bounds[1], grad_x, partial, n, length, bounds[2], bounds[3],
-        PER_ROW=per_row, NEEDS_X=needs_x, BLOCK=block,
+        PER_ROW=isinstance(lo, Tensor), NEEDS_X=needs_x, BLOCK=block,
     )  # fmt: skip
     return (grad_x if needs_x else None), partial.sum(1).view(delta.shape)
 

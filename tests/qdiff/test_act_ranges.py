@@ -331,6 +331,26 @@ def test_running_ranges_leave_timed_quantizers_alone() -> None:
     assert sum(not torch.equal(before[path][0], after[path][0]) for path in before) > len(before) / 2
 
 
+def test_running_ranges_are_read_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end: a GPU that is asked for a number in between has nothing to do meanwhile. The same ranges."""
+    at_once, later = ranged(INPUT), ranged(INPUT)
+    config = CalibrationConfig(batch_size=4, running_stat=True)
+    original, read, number = UniformAffineQuantizer.update_range, [], Tensor.item
+    with monkeypatch.context() as patch:
+        patch.setattr(UniformAffineQuantizer, "update_range", lambda self, x: (original(self, x), self.settle()))
+        update_running_ranges(at_once, inputs(), config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "item", lambda self: (read.append("number"), number(self))[1])
+        patch.setattr(UniformAffineQuantizer, "update_range", lambda self, x: (read.append("batch"), original(self, x)))
+        update_running_ranges(later, inputs(), config)
+    assert "number" not in read[: len(read) - read[::-1].index("batch")]
+    assert "number" in read
+    before, after = grids(at_once), grids(later)
+    assert all(torch.equal(a, b) for path in before for a, b in zip(before[path], after[path], strict=True))
+    assert torch.equal(output(at_once, *inputs()), output(later, *inputs()))
+    assert all(type(q._shifted[0]) is float for q in later.act_quantizers().values() if q.delta.dim() == 0)
+
+
 @pytest.mark.parametrize("config", [INPUT, TIMED], ids=["input", "all"])
 def test_round_to_nearest_with_timed_ranges(config: QuantConfig) -> None:
     qnn = wrapped(config, **SMALL)

@@ -67,6 +67,20 @@ def test_fake_quantize(x: Tensor, bounds: tuple[float, float]) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("x", [feature(3, 8, 5, 7), feature(5, 37)], ids="ab")
+def test_fake_quantize_with_bounds_on_the_device(x: Tensor) -> None:
+    delta, lo, hi = (torch.tensor(value, device=DEVICE) for value in (0.13, -3.0, 12.0))
+    assert fused.can_fake_quantize(x, delta, lo)
+    fast = gradients(lambda x, d: primitives.fake_quantize(x, d, lo, hi), x, delta)
+    numbers = gradients(lambda x, d: primitives.fake_quantize(x, d, -3.0, 12.0), x, delta)
+    assert all(map(torch.equal, fast, numbers))
+    with fused.plain_pytorch():
+        plain = gradients(lambda x, d: primitives.fake_quantize(x, d, lo, hi), x, delta)
+    assert torch.equal(fast[0], plain[0])
+    assert_equal(fast, plain)
+
+
+@needs_kernels
 def test_fake_quantize_with_a_grid_for_each_row() -> None:
     x = feature(4, 8, 5, 3)
     delta = torch.tensor([0.1, 0.2, 0.05, 0.4], device=DEVICE).view(4, 1, 1, 1)
