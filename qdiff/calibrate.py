@@ -239,7 +239,7 @@ def _unit_data(capture: PairedCapture, unit: Unit, targets: dict[str, Collector]
     Args:
         targets: of the units of its stage, as far as they were not used yet; filled here when the first is wanted.
     """
-    handed_on = capture.handed_on(unit)
+    handed_on = capture.handed_on(unit, targets)
     if handed_on is not None:
         return handed_on
     if unit.path not in targets:

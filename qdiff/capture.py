@@ -472,14 +472,10 @@ class PairedCapture:
         To be asked for in the network's order, each unit's once; not for those whose rows are handed on to them.
         """
         units = [other for other in self.qnn.units_of(unit.stage) if self._wants(other)]
-        if self._hands_on_from(unit):
-            self._full_is_ahead = True
-            with self.qnn.quant_state(False, False):
-                return self._full.outputs(unit.stage, [unit], self._storage.collector)
         if self.memory.together([other.path for other in units]):
             return self.targets(unit.stage)
         with self.qnn.quant_state(False, False):
-            if unit != units[-1]:
+            if unit != units[-1] and not self._hands_on_from(unit):
                 return {unit.path: self._full.output(unit, self._storage.collector(unit))}
             self._full_is_ahead = True
             return self._full.outputs(unit.stage, [unit], self._storage.collector)
@@ -503,10 +499,13 @@ class PairedCapture:
         """A unit's inputs and its target, which is taken out of ``targets`` (of its stage, see :meth:`targets`)."""
         return self._lent(unit, self.inputs(unit), targets.pop(unit.path))
 
-    def handed_on(self, unit: Unit) -> UnitData | None:
+    def handed_on(self, unit: Unit, targets: dict[str, Collector]) -> UnitData | None:
         """A unit's inputs and target out of those of the one before it in its stage, which are no more then.
 
         None where that one's were not asked for last, or the stage is not chained: see :meth:`data`.
+
+        Args:
+            targets: of its stage, from which its own is taken where it is there.
         """
         last, self._last = self._last, None
         if last is None:
@@ -526,6 +525,8 @@ class PairedCapture:
         with as_if_learning():
             with self.qnn.quant_state(True, self.act_quant):
                 inputs.become(given, self.memory.chunk)
+            if unit.path in targets:
+                return self._lent(unit, inputs, targets.pop(unit.path))
             with self.qnn.quant_state(False, False):
                 target.become(wanted, self.memory.chunk)
         return self._lent(unit, inputs, target)

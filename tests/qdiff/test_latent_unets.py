@@ -279,8 +279,16 @@ def change(unit: Unit) -> None:
             quantizer.delta.data *= 1.3
 
 
+@pytest.fixture(params=[True, False], ids=["targets together", "one after the other"])
+def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is room for the targets of all units of a stage."""
+    if not request.param:
+        monkeypatch.setattr(MemoryPlan, "together", lambda self, paths: len(paths) == 1)
+    return request.param
+
+
 @pytest.mark.parametrize("act_quant", [False, True])
-def test_a_transformers_units_hand_their_rows_on(act_quant: bool) -> None:
+def test_a_transformers_units_hand_their_rows_on(act_quant: bool, together: bool) -> None:
     """Each chunk goes through its stage once; inputs are what the unit before gives with what it learned."""
     qnn, inputs = transformer()
     targets_expected = observed(qnn, inputs, 2, False, False)
@@ -289,6 +297,7 @@ def test_a_transformers_units_hand_their_rows_on(act_quant: bool) -> None:
         targets: dict[str, Collector] = {}
         for unit in qnn.units_of(stage):
             data = _unit_data(capture, unit, targets)
+            assert len(targets) == (len(qnn.units_of(stage)) - 1 - qnn.units_of(stage).index(unit)) * together
             got.append((unit, UnitData(tuple(x.clone() for x in data.inputs), data.target.clone())))
             change(unit)
     expected = observed(qnn, inputs, 2, True, act_quant)  # by now every unit is changed, as it was for those behind it
@@ -301,6 +310,7 @@ def test_a_transformers_units_hand_their_rows_on(act_quant: bool) -> None:
 
 
 @pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.usefixtures("together")
 def test_both_ways_rows_come_to_the_same_bits(compact: bool) -> None:
     """Handed on, or each unit's collected by a run of its stage, as where a calibration goes on within one."""
     qnn, inputs = transformer()
@@ -315,6 +325,7 @@ def test_both_ways_rows_come_to_the_same_bits(compact: bool) -> None:
 
 
 @pytest.mark.parametrize("names", [{1, 2, 3}, {2, 3}, {0, 2, 3}, {0, 1, 3}, {0, 1}, {3}])
+@pytest.mark.usefixtures("together")
 def test_of_a_transformer_some_units_are_wanted(names: set[int]) -> None:
     """The same rows, whichever units were learned before."""
     qnn, inputs = transformer()
@@ -479,7 +490,7 @@ def test_targets_come_one_by_one_where_there_is_no_room_for_more(kind: str, monk
 
     monkeypatch.setattr(MemoryPlan, "together", never)
     calibrate(apart, calibration_set(kind), few, budget=MemoryBudget(gpu_bytes=2**40))
-    assert max(asked) == 2  # the time embedding's; a transformer's units hand their rows on
+    assert max(asked) == (3 if kind == "transformer" else 2)  # the time embedding has two
     for (name, one), (_, other) in zip(together.state_dict().items(), apart.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
 
