@@ -6,7 +6,7 @@ Axes in comments: N images, C channels, H height, W width, E channels of the tim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -249,12 +249,14 @@ class StagedNetwork(nn.Module):
         else:
             flow.h = module(flow.h)
 
-    def handed_on(self, path: str, stage: Stage, out: Tensor, flow: Flow) -> tuple[Tensor, ...]:
+    def handed_on(
+        self, stage: Stage, path: str, out: Tensor, context: Tensor, size: Sequence[int]
+    ) -> tuple[Tensor, ...]:
         """What reaches the next unit of a chained stage.
 
         Args:
             path: of the unit before it; out: what that one gives.
-            flow: what the stage takes; its feature map counts for its size alone.
+            context: the network's; size: height and width of the stage's feature map.
         """
         raise NotImplementedError(f"{stage.path} is not chained")
 

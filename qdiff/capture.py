@@ -153,7 +153,7 @@ class Frontier:
         self._stages, self._origins = self.unet.stages(), connection_origins(self.unet.stages())
         self._number = 0  # of the next stage
         self._chunk = chunk
-        self._size: torch.Size | None = None  # of the feature map that entered a stage last
+        self._size: Sequence[int] = ()  # height and width of the feature map that entered a stage last
         self._chained_units = {stage.path: qnn.units_of(stage) for stage in self._stages if stage.chained}
         parts = zip(*(x.split(chunk) for x in inputs), strict=True)
         starts = (self.unet.begin(*(x.to(device) for x in part)) for part in parts)
@@ -275,10 +275,9 @@ class Frontier:
         Args:
             start: number of the chunk's first sample.
         """
-        flow = self._flows[start // self._chunk] or self._starts[start // self._chunk]
-        context = unpacked(flow.context.to(self.device))
-        like = dataclasses.replace(flow, h=out.new_empty(1, 1, *self._map_size(unit.stage)), context=context, skips=[])
-        return tuple(self._as_in_rows(x) for x in self.unet.handed_on(unit.path, unit.stage, out, like))
+        context = self._fetched(self._waiting_or_first(start).context)
+        arguments = self.unet.handed_on(unit.stage, unit.path, out, context, self._size)
+        return tuple(map(self._as_in_rows, arguments))
 
     def _as_in_rows(self, x: Tensor) -> Tensor:
         """``x`` as it comes back from where a unit's rows wait: its last bits, and the layout in memory."""
@@ -286,15 +285,14 @@ class Frontier:
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         return unpacked(self.shelf.rounded(x))
 
-    def _map_size(self, stage: Any) -> torch.Size:
-        if self._size is None:
-            raise RuntimeError(f"nothing has passed {stage.path} yet")
-        return self._size
-
     def set_clock(self, start: int) -> None:
         """Tell the network the timesteps of the chunk that begins with a sample."""
-        flow = self._flows[start // self._chunk] or self._starts[start // self._chunk]
-        self.clock.set(flow.t.to(self.device))
+        self.clock.set(self._waiting_or_first(start).t.to(self.device))
+
+    def _waiting_or_first(self, start: int) -> Any:
+        """The chunk that begins with a sample, wherever it is: for what no stage changes."""
+        number = start // self._chunk
+        return self._flows[number] or self._starts[number]
 
     def _moved(self, flow: Any, stage: Any) -> Any:
         """A chunk behind the stage, where it was computed."""

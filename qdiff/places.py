@@ -364,17 +364,10 @@ class _RowStore:
         for part, length in self._parts():
             begin, end = max(start, first), min(stop, first + length)
             if begin < end:
-                pieces.append(self._fetched(part[begin - first : end - first]))
+                pieces.append(fetched(part[begin - first : end - first], self.head.device))
             first += length
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return self._shaped(rows.float() if rows.is_floating_point() else rows)
-
-    def _fetched(self, rows: Tensor) -> Tensor:
-        if not is_filed(rows):
-            return rows.to(self.head.device)
-        out = torch.empty_like(rows)
-        read_filed(rows, out)
-        return out.to(self.head.device)
 
     def _far(self) -> Tensor:
         count = self.layout.pinned + (self.layout.ring if self.layout.filed else 0)

@@ -55,7 +55,7 @@ class UniformAffineQuantizer(nn.Module):
             self.register_buffer("delta", delta)
         self.register_buffer("zero_point", torch.zeros(grid_shape))
         self.ready = False
-        self._shifted: tuple[Any, ...] = self.bounds
+        self._shifted: tuple[Any, Any] = self.bounds
         self._range: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -101,8 +101,7 @@ class UniformAffineQuantizer(nn.Module):
         self._take_over(
             *primitives.range_to_grid(lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
         )
-        self._shifted = tuple(bound - self.zero_point for bound in self.bounds)
-        self.ready = True
+        self._mark_ready(read_back=False)
 
     def settle(self) -> None:
         """Read a grid's bounds back, where they are plain numbers: with these it is used faster."""
@@ -118,10 +117,12 @@ class UniformAffineQuantizer(nn.Module):
         self.delta.data = delta.detach().to(self.delta).clone()
         self.zero_point = zero_point.detach().to(self.zero_point).clone()
 
-    def _mark_ready(self) -> None:
+    def _mark_ready(self, *, read_back: bool = True) -> None:
         self.ready = True
         lo, hi = self.bounds
-        if self.zero_point.dim() == 0:  # plain numbers clamp faster than tensors, and need no read-back in a forward
+        if (
+            self.zero_point.dim() == 0 and read_back
+        ):  # plain numbers clamp faster than tensors, and need no read-back in a forward
             zero = 0.0 if self.zero_point.is_meta else self.zero_point.item()
             self._shifted = (lo - zero, hi - zero)
         else:

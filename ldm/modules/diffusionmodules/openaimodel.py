@@ -265,11 +265,12 @@ class UNetModel(StagedNetwork):
         else:
             super().run_stage(stage, flow)
 
-    def handed_on(self, path: str, stage: Stage, out: Tensor, flow: Flow) -> tuple[Tensor, ...]:
+    def handed_on(
+        self, stage: Stage, path: str, out: Tensor, context: Tensor, size: Sequence[int]
+    ) -> tuple[Tensor, ...]:
         transformer = self.get_submodule(stage.path)
         assert isinstance(transformer, SpatialTransformer)  # no other stage is chained
-        assert flow.context is not None
-        return transformer.handed_on(path.removeprefix(f"{stage.path}."), out, flow.context, flow.h.shape[2:])
+        return transformer.handed_on(path.removeprefix(f"{stage.path}."), out, context, size)
 
     def _list_stages(self) -> Iterator[Stage]:
         yield Stage("time_embed")
