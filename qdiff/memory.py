@@ -367,7 +367,7 @@ class MemoryPlan:
                 f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
         seconds = seconds_of_pass(self.chunk) * math.ceil(self.rows / self.chunk)
-        rate = file_rate(folder)
+        rate = file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE  # no file to speak of has room either
         partly = dataclasses.replace(self, pass_seconds=seconds, file_room=room, file_rate=rate)
         if files.file_bytes > room:
             return partly

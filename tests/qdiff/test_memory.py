@@ -583,6 +583,17 @@ def test_what_lies_in_files_is_not_the_processs_memory(tmp_path: Path) -> None:
     assert torch.equal(kept, x)
 
 
+def test_a_full_disk_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that needs no file is made all the same."""
+    asked = []
+    monkeypatch.setattr(memory, "file_rate", lambda folder: asked.append(folder) or FileRate(1e9, 1e9))
+    budget = MemoryBudget(host_bytes=1000, folder=tmp_path)
+    for room in (memory._PROBE_BYTES - 1, memory._PROBE_BYTES):
+        monkeypatch.setattr(memory, "free_file_bytes", lambda folder, room=room: room)
+        assert plan(budget).chunk
+    assert asked == [tmp_path]
+
+
 def test_a_disks_rate_is_measured(tmp_path: Path) -> None:
     rate = memory.file_rate(tmp_path)
     assert all(1e6 < value < 1e12 for value in rate)
