@@ -349,6 +349,7 @@ class Breakdown:
         weights, activations: reconstruction.
         saving: the checkpoint.
         reports: of the units, those that were skipped included.
+        waits: for each of them, how much of ``capture`` came between the one before and it.
         skipped: paths of units that were only passed through.
         peak_gpu_bytes: most that tensors took at a time; reserved_gpu_bytes: most that the allocator held for them.
     """
@@ -360,6 +361,7 @@ class Breakdown:
     activations: float = 0.0
     saving: float = 0.0
     reports: list[UnitReport] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     skipped: frozenset[str] = frozenset()
     peak_gpu_bytes: int = 0
     reserved_gpu_bytes: int = 0
@@ -422,7 +424,8 @@ def benchmark_calibration(args: Any) -> Result:
     notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
     facts |= {"peak_gpu_bytes": parts.peak_gpu_bytes, "reserved_gpu_bytes": parts.reserved_gpu_bytes}
     facts |= {"peak_host_bytes": max((r.peak_host_bytes for r in parts.reports), default=0)}
-    facts |= {"units": [report_facts(r) for r in parts.reports], "plans": parts.plans}
+    units = zip(parts.reports, parts.waits, strict=True)
+    facts |= {"units": [report_facts(r) | {"capture_seconds": wait} for r, wait in units], "plans": parts.plans}
     notes += parts.plans
     gpu, held, host = (facts[name] / 2**30 for name in ("peak_gpu_bytes", "reserved_gpu_bytes", "peak_host_bytes"))
     notes.append(
@@ -541,16 +544,18 @@ class _Clock:
             held = torch.cuda.max_memory_reserved(self.device)
             self.parts.reserved_gpu_bytes = max(self.parts.reserved_gpu_bytes, held)
         setattr(self.parts, report.phase, getattr(self.parts, report.phase) + report.seconds)
-        self._rest(report.seconds)
+        self.parts.waits.append(self._rest(report.seconds))
 
     def finish(self) -> None:
         wait_for(self.device)
         self._rest(0.0)
 
-    def _rest(self, known: float) -> None:
+    def _rest(self, known: float) -> float:
         now = time.perf_counter()
-        self.parts.capture += now - self.last - known
+        rest = now - self.last - known
+        self.parts.capture += rest
         self.last = now
+        return rest
 
     @contextmanager
     def timing_ranges(self, qnn: QuantModel) -> Iterator[None]:
