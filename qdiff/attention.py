@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class _ToFull(torch.autograd.Function):
 
 def _exponent(x: Tensor) -> Tensor:
     """The whole e, a tensor without axes, with every |x| at most 2^e; 0 for zeros alone."""
-    largest = x.detach().abs().amax()
+    largest = torch.linalg.vector_norm(x.detach(), math.inf)  # in one pass
     return torch.where(largest > 0, largest.clamp(min=torch.finfo(x.dtype).tiny).log2().ceil(), 0.0)
 
 

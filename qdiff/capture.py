@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.attention import as_if_learning
+from qdiff.block_io import block_io
 from qdiff.memory import (
     Kept,
     MemoryBudget,
@@ -30,7 +32,7 @@ from qdiff.memory import (
     measure,
     sets_rounding_aside,
 )
-from qdiff.places import Collector, Shelf, fetched, unpacked
+from qdiff.places import Collector, Filed, Shelf, fetched, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
@@ -163,18 +165,18 @@ class Frontier:
         self._starts = [_once_each(start, lambda x: shelf.rounded(x).cpu()) for start in starts]
         self._flows = list(self._starts)
 
-    def waiting(self) -> Iterator[Tensor]:
-        """Every tensor that waits, as often as it is waited for."""
-        tensors: list[Tensor] = []
+    def waiting(self) -> Iterator[Tensor | Filed]:
+        """Everything that waits, as often as it is waited for."""
+        seen: list[Any] = []
 
-        def seen(x: Tensor) -> Tensor:
-            tensors.append(x)
+        def note(x: Any) -> Any:
+            seen.append(x)
             return x
 
         for flow in self._flows:
             if flow is not None:
-                flow.map(seen)
-        return iter(tensors)
+                flow.map(note)
+        return iter(seen)
 
     def replace(self, others: dict[int, Tensor]) -> None:
         """Let other tensors wait in the place of some, by ``id``."""
@@ -183,8 +185,22 @@ class Frontier:
     @property
     def flows(self) -> Iterator[Any]:
         """What waits before the next stage, with all that the stage takes, chunk by chunk."""
+        self._read_ahead()
         for index in range(len(self._flows)):
             yield self._complete(index)
+
+    def _read_ahead(self) -> None:
+        """Have read what waits in files before the next stage, in the order in which the chunks take it."""
+        if self.device.type != "cuda":
+            return
+        stage = self._stages[self._number]
+        taken: list[Any] = []
+        for flow in filter(None, self._flows):
+            taken += flow.skips[-1:] if stage.joins else []
+            taken += [flow.context] if stage.attends else []
+            taken += [flow.temb] if stage.timed else []
+            taken.append(flow.h)
+        block_io().expect(x.piece for x in taken if isinstance(x, Filed))
 
     def _complete(self, index: int) -> Any:
         """A chunk before the next stage; of what was not kept, all that the stage takes was computed anew."""
@@ -239,6 +255,7 @@ class Frontier:
         """
         if stage != self._stages[self._number]:
             raise RuntimeError(f"{stage.path} is not the next stage, which is {self._stages[self._number].path}")
+        self._read_ahead()
         for index in range(len(self._flows)):
             moved = _once_each(self._moved(self._complete(index), stage), self.shelf.rounded)
             self._flows[index] = self._stored(moved)
@@ -393,7 +410,7 @@ class PairedCapture:
             maps=act_quant or deterministic,
             passing_maps=deterministic,
             learning_bytes=learning_bytes(qnn, weights=not act_quant, variables_stay=not sets_rounding_aside(budget)),
-            seconds_of_pass=lambda count: self._seconds_of_pass(tuple(x[:count] for x in inputs)),
+            stage_seconds=lambda count: self._stage_seconds(tuple(x[:count] for x in inputs)),
         )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
         self._storage = Storage(self.memory)
@@ -415,18 +432,25 @@ class PairedCapture:
         self._last: tuple[Unit, Collector, Collector] | None = None  # a unit's inputs and targets that can be handed on
 
     @torch.no_grad()
-    def _seconds_of_pass(self, inputs: tuple[Tensor, ...]) -> float:
-        """How long these samples take through the network as it is quantized in this phase."""
+    def _stage_seconds(self, inputs: tuple[Tensor, ...]) -> list[float]:
+        """How long these samples take through each stage of the network as it is quantized in this phase."""
         inputs = tuple(x.to(self.device) for x in inputs)
-        taken = []
-        for _ in range(2):  # the first one loads what it needs
-            started = time.perf_counter()
-            with self.qnn.quant_state(True, self.act_quant):
-                self.qnn(*inputs)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            taken.append(time.perf_counter() - started)
-        return min(taken)
+        unet, taken = self.qnn.model, []
+        for _ in range(2):  # the first time loads what is needed
+            flow = unet.begin(*inputs)
+            times = [self._now()]
+            with self.qnn.quant_state(True, self.act_quant), as_if_learning():
+                for stage in unet.stages():
+                    unet.advance(stage, flow)
+                    times.append(self._now())
+            taken.append([after - before for before, after in itertools.pairwise(times)])
+        return list(map(min, zip(*taken, strict=True)))
+
+    def _now(self) -> float:
+        """In seconds; all that was given to the GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def stages(self) -> Iterator[Any]:
         """Every stage with units in it, in order; the capture moves on when the next one is asked for."""
@@ -451,7 +475,8 @@ class PairedCapture:
         if arena is None or arena.longest >= size or arena.free_bytes < size:
             return
         frontiers = (self._quantized, self._full)
-        moved = arena.moved_together([x for frontier in frontiers for x in frontier.waiting() if arena.holds(x)])
+        waiting = itertools.chain.from_iterable(frontier.waiting() for frontier in frontiers)
+        moved = arena.moved_together([x for x in waiting if isinstance(x, Tensor) and arena.holds(x)])
         for frontier in frontiers:
             frontier.replace(moved)
 

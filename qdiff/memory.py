@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor
 
 from qdiff.attention import LARGEST_MAP, PART_OF_MAP, as_if_learning
+from qdiff.block_io import STAGING_BYTES, block_io
 from qdiff.pinned import ALIGNMENT, Arena
-from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Shelf, compactable
+from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Scratch, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_model import QuantModel
 
@@ -41,12 +43,19 @@ _MAPS_AT_ONCE = 4 * GIB  # what maps may take while ranges are searched
 _LEARNING_COPIES = 6  # of a batch's attention map, that learning holds at once
 _LEARNING_TENSORS = 16  # of the size of a unit's inputs and output, in float32, that learning holds of a sample
 _SMALLEST_CHUNK = 4
-_PASSING_SHARE = 8  # a pass takes no more than that part of the room, where more samples at once gain nothing
-_LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
+_PASSING_SHARE = 4  # a pass takes no more than that part of the room, where more samples at once gain nothing
+_LOADED_LATER = 3 * 2**28 + STAGING_BYTES  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
 _MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
-_TRAVELLED = 3  # times the largest features' bytes: what one phase writes and reads again, roughly
-_PROBE_BYTES = 2**28
+_FILE_PRICES = (
+    0.0,
+    0.1,
+    0.3,
+    0.6,
+    1.0,
+)  # of a second of the disk's, in seconds of the GPU's: which plan is best is tried
+_PROBE_BYTES = 2**30
+_LONG = 1e9  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +144,7 @@ class Sizes:
         features: of one network's features between two stages, at their largest.
         units: of each unit's inputs and output, by path; in a chained stage those of its largest one.
         boundaries: one before each stage.
+        widest: of any module, what goes in and comes out, in float32.
         attention_map: of the largest one, of all heads, in float32; heads: how many these are.
         passing_map: of the largest one that is a tensor while data are captured with quantized activations.
     """
@@ -142,6 +152,7 @@ class Sizes:
     features: int
     units: dict[str, int]
     boundaries: tuple[Boundary, ...] = ()
+    widest: int = 0
     attention_map: int = 0
     heads: int = 1
     passing_map: int = 0
@@ -155,13 +166,16 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return x.numel() * (2 if compact and compactable(x) else x.element_size())
 
     units: dict[str, int] = {}
-    maps, passing_maps = [(0, 1)], [0]
+    maps, passing_maps, widths = [(0, 1)], [0], [0]
 
     def attended(block: BaseQuantBlock, args: tuple[Tensor, ...]) -> None:
         size = 4 * block.attention_map_values(*args)
         maps.append((size, getattr(block, "heads", 1)))
         with as_if_learning():
             passing_maps.append(size * block.rounds_map())
+
+    def passed(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        widths.append(sum(4 * x.numel() for x in (*args, output) if isinstance(x, Tensor)))
 
     def seen(path: str) -> Any:
         def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -172,6 +186,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     handles = [unit.module.register_forward_hook(seen(unit.path)) for unit in qnn.units()]
     blocks = [module for module in qnn.modules() if isinstance(module, BaseQuantBlock)]
     handles += [block.register_forward_pre_hook(attended) for block in blocks]
+    handles += [module.register_forward_hook(passed) for unit in qnn.units() for module in unit.module.modules()]
     boundaries: list[Boundary] = []
     origins = connection_origins(qnn.model.stages())
     try:
@@ -189,7 +204,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         for handle in handles:
             handle.remove()
     features = max(boundary.trunk + sum(boundary.skips) for boundary in boundaries)
-    return Sizes(features, units, tuple(boundaries), *max(maps), max(passing_maps))
+    return Sizes(features, units, tuple(boundaries), max(widths), *max(maps), max(passing_maps))
 
 
 def learning_bytes(qnn: QuantModel, *, weights: bool, variables_stay: bool = True) -> int:
@@ -264,8 +279,10 @@ class MemoryPlan:
         unit_gpu_bytes: for one unit's data on the GPU; unit_host_bytes: in pinned memory.
         host_bytes: for both.
         batch: samples that are learned from at once.
-        pass_seconds: how long the whole set takes through the network; file_room: bytes for files; file_rate: how fast
-            these are. Of plans that compute a part of the features anew.
+        pass_seconds: how long the whole set takes through the network; shares: of each stage in that, none where all
+            are taken to cost the same; file_room: bytes for files; file_rate: how fast these are; file_price: what a
+            second of theirs, who travel while the GPU computes, may cost of its seconds. Of plans that compute a part
+            of the features anew.
     """
 
     rows: int
@@ -281,8 +298,10 @@ class MemoryPlan:
     batch: int = 0
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     pass_seconds: float = 0.0
+    shares: tuple[float, ...] = ()
     file_room: int = 0
     file_rate: FileRate = _UNKNOWN_RATE
+    file_price: float = 1.0
 
     @classmethod
     def make(
@@ -298,7 +317,7 @@ class MemoryPlan:
         maps: bool = False,
         passing_maps: bool = True,
         learning_bytes: int = 0,
-        seconds_of_pass: Callable[[int], float] = lambda chunk: math.inf,
+        stage_seconds: Callable[[int], Sequence[float]] = lambda chunk: (_LONG,),
     ) -> MemoryPlan:
         """Fit a calibration into a budget.
 
@@ -307,7 +326,7 @@ class MemoryPlan:
             maps: attention maps are tensors of their own. Fused attention makes none.
             passing_maps: so they are where they need not be rounded, while data are captured.
             learning_bytes: what the learned state of units will take on the device.
-            seconds_of_pass: how long so many samples take through the network; asked only where it decides.
+            stage_seconds: how long so many samples take through each stage; asked only where it decides.
 
         Raises:
             BudgetError: the GPU's part is too small even with all data elsewhere, or what has to lie in files has no
@@ -321,7 +340,8 @@ class MemoryPlan:
         if on_gpu:
             learned = sizes.attention_map if maps else 0
             passing = learned if passing_maps else min(learned, sizes.passing_map)
-            work = _Work(largest * (2 if compact else 1), learned, passing, sizes.heads, batch, learning_bytes)
+            unit_bytes = largest * (2 if compact else 1)
+            work = _Work(unit_bytes, sizes.widest, learned, passing, sizes.heads, batch, learning_bytes)
             gpu, chunk = _gpu_room(budget, device, work, min(chunk, rows))
         chunk = min(chunk, rows)
         unit = rows * largest
@@ -351,9 +371,9 @@ class MemoryPlan:
             return whole
         files = plan("disk", gpu, host)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
-        return partly._or_in_files(files, seconds_of_pass)
+        return partly._or_in_files(files, stage_seconds)
 
-    def _or_in_files(self, files: MemoryPlan, seconds_of_pass: Callable[[int], float]) -> MemoryPlan:
+    def _or_in_files(self, files: MemoryPlan, stage_seconds: Callable[[int], Sequence[float]]) -> MemoryPlan:
         """This plan, which computes features anew that have no room, or puts them into files; or one with all in files.
 
         Raises:
@@ -366,13 +386,24 @@ class MemoryPlan:
                 f"captured data need {self.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(folder)} has room "
                 f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
-        seconds = seconds_of_pass(self.chunk) * math.ceil(self.rows / self.chunk)
-        rate = file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE  # no file to speak of has room either
-        partly = dataclasses.replace(self, pass_seconds=seconds, file_room=room, file_rate=rate)
-        if files.file_bytes > room:
-            return partly
-        quicker = partly.feature_seconds() < _TRAVELLED * rate.seconds(files.feature_bytes)
-        return partly if quicker else files
+        each = stage_seconds(self.chunk)
+        known = len(each) == len(self.sizes.boundaries)
+        # Where there is no room for the probe, no file to speak of has room either.
+        rate = file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE
+
+        def informed(plan: MemoryPlan, file_price: float = 1.0) -> MemoryPlan:
+            return dataclasses.replace(
+                plan,
+                pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),
+                shares=tuple(seconds / sum(each) for seconds in each) if known else (),
+                file_room=room,
+                file_rate=rate,
+                file_price=file_price,
+            )
+
+        plans = [informed(files)] if files.file_bytes <= room else []
+        plans += [informed(self, price) for price in _FILE_PRICES]
+        return min(plans, key=lambda plan: (plan.feature_seconds(), plan._travelling_seconds()))
 
     def __str__(self) -> str:
         where = {
@@ -499,8 +530,12 @@ class MemoryPlan:
     def _worth_a_file(self, number: int, network: int) -> bool:
         """Whether the feature map before a stage is sooner read from a file than computed anew."""
         sweeps = self._sweeps(number)[network]
-        anew = sweeps * number / len(self.sizes.boundaries) * self.pass_seconds
-        return self.file_rate.seconds(self.rows * self.sizes.boundaries[number].trunk, sweeps) < anew
+        travelling = self.file_rate.seconds(self.rows * self.sizes.boundaries[number].trunk, sweeps)
+        return self.file_price * travelling < sweeps * self._way(number) * self.pass_seconds
+
+    def _way(self, number: int) -> float:
+        """What the way from the set to a stage costs, of a pass."""
+        return sum(self.shares[:number]) if self.shares else number / len(self.sizes.boundaries)
 
     def _sweeps(self, number: int) -> tuple[int, int]:
         """How often the set passes a stage, for the quantized and the full-precision network.
@@ -520,23 +555,40 @@ class MemoryPlan:
         return [max(pair) for pair in itertools.pairwise([*units, 0])]
 
     def passes(self) -> float:
-        """Forward passes in which a phase computes anew what is not kept; all stages are taken to cost the same."""
+        """Forward passes in which a phase computes anew what is not kept."""
+        if self.features != "partly":
+            return 0.0
         total = 0.0
         for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
             for kept, times in zip(networks, self._sweeps(number), strict=True):
                 if not kept.trunk:
-                    total += times * number
+                    total += times * self._way(number)
                 elif boundary.origin is not None and not kept.skips[-1]:
-                    total += times * boundary.origin
-        return total / max(1, len(self.sizes.boundaries))
+                    total += times * self._way(boundary.origin)
+        return total
 
     def feature_seconds(self) -> float:
-        """What a phase takes for features that are not on the host: computing them anew, and files."""
-        travelling = 0.0
-        for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
-            for kept, times in zip(networks, self._sweeps(number), strict=True):
-                travelling += self.file_rate.seconds(self.rows * kept.file_bytes_of(boundary), times)
-        return self.passes() * self.pass_seconds + travelling
+        """How long features take in a phase: through the networks, or to files and back, whichever is longer."""
+        anyway = sum(
+            (self._way(number + 1) - self._way(number)) * sum(self._sweeps(number))
+            for number in range(len(self.sizes.boundaries))
+        )
+        return max((anyway + self.passes()) * self.pass_seconds, self._travelling_seconds())
+
+    def _travelling_seconds(self) -> float:
+        """How long the disk takes for features in files."""
+        total = 0.0
+        if self.features == "partly":
+            for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
+                for kept, times in zip(networks, self._sweeps(number), strict=True):
+                    total += self.file_rate.seconds(self.rows * kept.file_bytes_of(boundary), times)
+        if self.features == "disk":
+            for number, boundary in enumerate(self.sizes.boundaries):
+                for times in self._sweeps(number):
+                    total += self.file_rate.seconds(self.rows * boundary.trunk, times)
+                    if boundary.origin is not None:  # written as the feature map that it was
+                        total += self.rows * (boundary.skips[-1] or boundary.trunk) * times / self.file_rate.read
+        return total
 
     @property
     def arena_bytes(self) -> int:
@@ -606,14 +658,18 @@ class Storage:
                 f"the system gives no {plan.arena_bytes / GIB:.1f} GiB of pinned memory ({error}); lower --cali_host_gb"
             ) from error
 
+    @functools.cached_property
+    def _scratch(self) -> Scratch:
+        return Scratch(self.plan.budget.folder)
+
     def shelf(self) -> Shelf:
         """A place for one network's features."""
-        plan = self.plan
-        return Shelf(plan.features, compact=plan.compact, folder=plan.budget.folder, arena=self.arena)
+        scratch = self._scratch if self.plan.features == "disk" else None
+        return Shelf(self.plan.features, compact=self.plan.compact, scratch=scratch, arena=self.arena)
 
     def files(self) -> Shelf:
         """A place in files."""
-        return Shelf("disk", compact=self.plan.compact, folder=self.plan.budget.folder)
+        return Shelf("disk", compact=self.plan.compact, scratch=self._scratch)
 
     def collector(self, unit: Any) -> Collector:
         """A place for a unit's inputs, or its outputs."""
@@ -647,7 +703,7 @@ class _Work(NamedTuple):
     """What computing takes, beside captured data, in bytes.
 
     Attributes:
-        unit: a unit's inputs and output, a sample, in float32.
+        unit: a unit's inputs and output, a sample, in float32; widest: the same of the widest module inside.
         learned_map, passing_map: the largest attention map that is a tensor of its own, a sample, while units learn and
             while data are captured; heads: whose maps it consists of.
         batch: samples that are learned from at once.
@@ -655,6 +711,7 @@ class _Work(NamedTuple):
     """
 
     unit: int
+    widest: int
     learned_map: int
     passing_map: int
     heads: int
@@ -667,8 +724,12 @@ class _Work(NamedTuple):
         return whole if whole <= LARGEST_MAP else max(PART_OF_MAP, whole // self.heads)
 
     def passing(self, chunk: int) -> int:
-        """While ``chunk`` samples pass through a network."""
-        return _WORKING_COPIES * max(self.unit * chunk, self._at_once(self.passing_map, chunk))
+        """While ``chunk`` samples pass through a network.
+
+        A gated layer's twice as wide output, of which two halves are made, is there with what went in and comes out.
+        """
+        tensors = max(_WORKING_COPIES * self.unit, 2 * self.widest + self.unit) * chunk
+        return max(tensors, _WORKING_COPIES * self._at_once(self.passing_map, chunk))
 
     @property
     def learning(self) -> int:
@@ -726,21 +787,20 @@ def free_file_bytes(folder: Path | None) -> int:
 
 
 def file_rate(folder: Path | None) -> FileRate:
-    """How fast a disk is, by a file that is waited for, and read when the system does not hold it any more."""
-    block = os.urandom(2**20)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        started = time.perf_counter()
-        for _ in range(_PROBE_BYTES // len(block)):
-            file.write(block)
-        os.fsync(file.fileno())
-        written = time.perf_counter()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        again = time.perf_counter()
-        while file.read(len(block)):
-            pass
-        read = time.perf_counter()
+    """How fast a disk is: a file is waited for, and read when the system does not hold it any more."""
+    scratch, part = Scratch(folder), torch.empty(1, 2**26, dtype=torch.uint8).random_()
+    started = time.perf_counter()
+    pieces = [scratch.store(part).piece for _ in range(_PROBE_BYTES // part.numel())]
+    for piece in pieces:
+        piece.written()
+    os.fsync(pieces[0].handle)
+    written = time.perf_counter()
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(pieces[0].handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    again = time.perf_counter()
+    for piece in pieces:
+        block_io().read(piece, part.view(-1))
+    read = time.perf_counter()
     return FileRate(_PROBE_BYTES / (written - started), _PROBE_BYTES / (read - again))
 
 

@@ -6,7 +6,6 @@ once.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
 import math
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qdiff.stretches import Stretches
 
 ALIGNMENT = 512  # bytes: no two pieces share a page of what a GPU transfers at once
 
@@ -48,18 +49,18 @@ class Arena:
             runtime = torch.cuda.cudart()
             torch.cuda.check_error(int(runtime.cudaHostRegister(self._memory.data_ptr(), self.size, 0)))
             weakref.finalize(self._memory, runtime.cudaHostUnregister, self._memory.data_ptr()).atexit = False
-        self._free = [(0, self.size)] if self.size else []  # offset and length, in order, never two that touch
+        self._free = Stretches(self.size)
         self._pieces: dict[int, _Piece] = {}  # by offset
 
     @property
     def free_bytes(self) -> int:
         """All that is free, in however many stretches."""
-        return sum(length for _, length in self._free)
+        return self._free.total
 
     @property
     def longest(self) -> int:
         """The longest stretch that is free."""
-        return max((length for _, length in self._free), default=0)
+        return self._free.longest
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, from_top: bool = False) -> Tensor | None:
         """A contiguous tensor, not initialised; None where no free stretch is long enough.
@@ -72,7 +73,7 @@ class Arena:
         if not count:
             return torch.empty(shape, dtype=dtype)
         size = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        offset = self._take(size, from_top=from_top)
+        offset = self._free.take(size, from_top=from_top)
         if offset is None:
             return None
         return self._piece(offset, size, dtype, count).view(shape)
@@ -103,10 +104,9 @@ class Arena:
     def _moved(self, offset: int, dtype: torch.dtype) -> Tensor:
         piece = self._pieces.pop(offset)
         piece.end.detach()  # what is on the piece now no longer has a say
-        self._give_back(offset, piece.size)
-        number = next(i for i, (_, length) in enumerate(self._free) if length >= piece.size)  # at most where it was
-        target, length = self._free[number]
-        self._free[number : number + 1] = [(target + piece.size, length - piece.size)] * (length > piece.size)
+        self._free.give_back(offset, piece.size)
+        target = self._free.take(piece.size)
+        assert target is not None  # at most where it was
         base = self._memory.data_ptr()
         ctypes.memmove(base + target, base + offset, piece.size)  # the two may overlap
         return self._piece(target, piece.size, dtype, piece.size // dtype.itemsize)
@@ -120,27 +120,7 @@ class Arena:
         return torch.frombuffer(buffer, dtype=dtype, count=count)
 
     def _end(self, offset: int) -> None:
-        self._give_back(offset, self._pieces.pop(offset).size)
-
-    def _take(self, size: int, *, from_top: bool) -> int | None:
-        places = reversed(range(len(self._free))) if from_top else range(len(self._free))
-        for place in places:
-            offset, length = self._free[place]
-            if length >= size:
-                rest = (offset, length - size) if from_top else (offset + size, length - size)
-                self._free[place : place + 1] = [rest] if rest[1] else []
-                return offset + length - size if from_top else offset
-        return None
-
-    def _give_back(self, offset: int, size: int) -> None:
-        place = bisect.bisect(self._free, (offset, size))
-        end = offset + size
-        if place < len(self._free) and self._free[place][0] == end:
-            end += self._free.pop(place)[1]
-        if place and sum(self._free[place - 1]) == offset:
-            place -= 1
-            offset = self._free.pop(place)[0]
-        self._free.insert(place, (offset, end - offset))
+        self._free.give_back(offset, self._pieces.pop(offset).size)
 
 
 def _in_large_pages(size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The places where captured data wait: on the GPU, in pinned host memory, in files mapped into memory.
+"""The places where captured data wait: on the GPU, in pinned host memory, in files.
 
 Features wait on a :class:`Shelf`, as they come; a unit's rows in a :class:`Collector`, each where it belongs. What lies
 where is the business of :mod:`qdiff.memory`.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import errno
-import functools
 import logging
 import mmap
 import os
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from qdiff import fused
+from qdiff.block_io import Piece, block_io, read_at_once
 from qdiff.pinned import ALIGNMENT, Arena
+from qdiff.stretches import Stretches
 
 STRETCH = 10  # iterations whose rows are read from a file at once
 RING_STRETCHES = 3  # one that is computed with, the next one, and one that is being read
@@ -61,119 +63,156 @@ class Shelf:
 
     Args:
         compact: in half precision.
-        folder: of files.
+        scratch: the file for those that wait in one.
         arena: pinned memory, for the host's.
     """
 
-    def __init__(self, place: Place, *, compact: bool, folder: Path | None = None, arena: Arena | None = None):
-        self.place, self.compact, self.folder, self.arena = place, compact, folder, arena
+    def __init__(self, place: Place, *, compact: bool, scratch: Scratch | None = None, arena: Arena | None = None):
+        self.place, self.compact, self.arena = place, compact, arena
+        self._scratch = scratch or (Scratch(None) if place == "disk" else None)
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Any) -> Any:
         """``x`` as it would come back, where it is."""
-        return packed(x) if self.compact else x
+        return packed(x) if self.compact and isinstance(x, Tensor) else x
 
-    def keep(self, x: Tensor) -> Tensor:
-        """``x`` where it shall wait; itself where it is there already."""
+    def keep(self, x: Any) -> Any:
+        """``x``, a tensor or a feature in a file, where it shall wait; itself where it is there already."""
         x = self.rounded(x)
-        if self.place == "gpu":
-            return x
-        if self.place == "disk":
-            return x if x.device.type == "cpu" and is_filed(x) else self._filed(x)
-        if x.device.type == "cpu" and not is_filed(x):
+        if self._scratch is not None and x.dim() > 1:  # vectors are asked for at any time, and small
+            return x if isinstance(x, Filed) else self._scratch.store(x)
+        if isinstance(x, Filed):
+            x = x.fetched(torch.device("cpu"))
+        if self.place == "gpu" or x.device.type == "cpu":
             return x
         flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
         return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
 
-    def _filed(self, x: Tensor) -> Tensor:
-        file = File(x.numel() * x.element_size(), self.folder)
-        try:
-            file.write(0, _flat(x))
-            return _laid_out_like(file.mapped(x.numel(), x.dtype), x)
-        finally:
-            file.close()  # there may be thousands
+
+class Scratch:
+    """A file without a name, in which features wait: it grows as far as it has to, and goes with the last of them.
+
+    Args:
+        folder: where it is; None: the system's temporary one.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._place = str(folder or tempfile.gettempdir())
+        self._handle = _nameless(folder)
+        weakref.finalize(self, os.close, self._handle)
+        self._size = 0
+        self._free = Stretches()
+        self._gone: deque[tuple[int, int, list[Future[None]]]] = deque()  # pieces that may still be written to
+
+    def store(self, x: Tensor) -> Filed:
+        """Have a tensor written.
+
+        Raises:
+            OSError: the disk is full; found out here.
+        """
+        size = _whole_pages(x.numel() * x.element_size())
+        offset = self._taken(size)
+        piece = Piece(self._handle, offset, x.numel() * x.element_size(), self._place, holder=self)
+        block_io().write(piece, _flat(x))
+        filed = Filed(piece, x)
+        weakref.finalize(filed, self._gone.append, (offset, size, piece.pending)).atexit = False
+        return filed
+
+    def _taken(self, size: int) -> int:
+        for _ in range(len(self._gone)):
+            piece = self._gone.popleft()
+            if all(task.done() for task in piece[2]):
+                self._free.give_back(piece[0], piece[1])
+            else:
+                self._gone.append(piece)
+        offset = self._free.take(size)
+        if offset is None:
+            offset, self._size = self._size, self._size + size
+            _reserve(self._handle, offset, size, self._place)
+        return offset
+
+
+class Filed:
+    """A feature that waits in a file.
+
+    Args:
+        like: a tensor of its shape, its type and its layout in memory.
+    """
+
+    def __init__(self, piece: Piece, like: Tensor):
+        self.piece, self.dtype = piece, like.dtype
+        self._like = torch.empty_like(like, device="meta")
+
+    def dim(self) -> int:
+        return self._like.dim()
+
+    def fetched(self, device: torch.device) -> Tensor:
+        """The feature, on a device."""
+        flat = torch.empty(self._like.numel(), dtype=self.dtype, device=device)
+        return _laid_out_like(block_io().read(self.piece, flat), self._like)
 
 
 class File:
-    """A file without a name, which goes with whoever holds it or a tensor that is mapped to it.
+    """A file without a name, for rows, which goes with whoever holds it or a tensor that is mapped to it.
 
-    It is read where it is mapped, and written by calls: writing to mapped memory goes page by page through the system,
-    several times as slow.
+    It is mapped for those who want single rows, and written by calls: writing to mapped memory goes page by page
+    through the system, several times as slow.
 
     Raises:
         OSError: the disk is full; found out here, not by a signal when the memory is read.
     """
 
     def __init__(self, size: int, folder: Path | None):
-        self._folder = folder
-        self._handle, self._name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
-        try:
-            self._checked(os.posix_fallocate, self._handle, 0, max(1, size))
-        except OSError:
-            self.close()
-            raise
+        self._place = str(folder or tempfile.gettempdir())
+        self._handle = _nameless(folder)
+        weakref.finalize(self, os.close, self._handle)
+        _reserve(self._handle, 0, max(1, size), self._place)
+        self._pending: list[Piece] = []
 
     def mapped(self, count: int, dtype: torch.dtype) -> Tensor:
-        """So many values from its beginning. To be asked for once; the name is gone then."""
-        flat = torch.from_file(self._name, shared=True, size=count, dtype=dtype)
-        self._forget_name()
-        _MAPPED[flat.untyped_storage().data_ptr()] = self
-        weakref.finalize(flat, _MAPPED.pop, flat.untyped_storage().data_ptr(), None)
+        """So many values from its beginning. To be asked for once."""
+        mapping = mmap.mmap(self._handle, count * dtype.itemsize)
+        flat = torch.frombuffer(mapping, dtype=dtype, count=count)
+        _MAPPED[flat.data_ptr()] = self
+        weakref.finalize(mapping, _MAPPED.pop, flat.data_ptr(), None).atexit = False  # torch holds on to the mapping
         return flat
 
+    def piece(self, offset: int, size: int) -> Piece:
+        """A stretch of it, in bytes."""
+        return Piece(self._handle, offset, size, self._place, holder=self)
+
     def write(self, offset: int, values: Tensor) -> None:
-        """Put values, in one row, at a number of bytes from its beginning."""
-        for part in values.split(_BLOCK_BYTES // values.element_size()):
-            rest = _on_host(part).view(torch.uint8).numpy().data
-            while rest:
-                written = self._checked(os.pwrite, self._handle, rest, offset)
-                rest, offset = rest[written:], offset + written
+        """Have values in one row written, at a number of bytes from its beginning."""
+        piece = self.piece(offset, values.numel() * values.element_size())
+        block_io().write(piece, values)
+        self._pending = [other for other in self._pending if not other.is_written] + [piece]
 
-    def read(self, offset: int, out: Tensor) -> bool:
-        """Fill a dense tensor on the host from a number of bytes on. False where the file is closed."""
-        rest = out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy().data
-        while self._handle >= 0 and rest:
-            got = self._checked(os.preadv, self._handle, [rest], offset)
-            if not got:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._folder or tempfile.gettempdir()))
-            rest, offset = rest[got:], offset + got
-        return not rest
+    def written(self) -> None:
+        """Wait until all of it is there."""
+        for piece in self._pending:
+            piece.written()
+        self._pending = []
 
-    def close(self) -> None:
-        """Neither written nor read by calls any more."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-            self._forget_name()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            self.close()
-
-    def _forget_name(self) -> None:
-        if self._name:
-            os.unlink(self._name)
-            self._name = ""
-
-    def _checked(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return call(*arguments)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder or tempfile.gettempdir())) from error
+    def read(self, offset: int, out: Tensor) -> None:
+        """Fill a dense tensor on the host from a number of bytes on. Any thread may do so."""
+        flat = out.as_strided((out.numel(),), (1,)).view(torch.uint8)
+        read_at_once(self.piece(offset, flat.numel()), flat)
 
 
-_BLOCK_BYTES = 2**25
+def _nameless(folder: Path | None) -> int:
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
+    os.unlink(name)
+    return handle
 
 
-@functools.cache
-def _staging() -> Tensor:
-    return torch.empty(_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+def _reserve(handle: int, offset: int, size: int, place: str) -> None:
+    try:
+        os.posix_fallocate(handle, offset, size)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, place) from error
 
 
-def _on_host(values: Tensor) -> Tensor:
-    """At most a block of values in one row, in host memory: until the next ones where they come from a GPU."""
-    if values.device.type == "cpu":
-        return values.contiguous()
-    return _staging()[: values.numel() * values.element_size()].view(values.dtype).copy_(values)
+def _whole_pages(size: int) -> int:
+    return -(-max(1, size) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 _MAPPED: dict[int, File] = {}  # by where its contents begin in memory
@@ -183,46 +222,47 @@ def _file_of(x: Tensor) -> File | None:
     return _MAPPED.get(x.untyped_storage().data_ptr())
 
 
-def is_filed(x: Tensor) -> bool:
-    """Whether a tensor's memory is a file's."""
-    return _file_of(x) is not None
+def is_filed(x: Any) -> bool:
+    """Whether it is a feature in a file, or a tensor whose memory is a file's."""
+    return isinstance(x, Filed) or _file_of(x) is not None
+
+
+def _offset_in_file(x: Tensor) -> int:
+    return x.data_ptr() - x.untyped_storage().data_ptr()
 
 
 def read_filed(x: Tensor, out: Tensor) -> None:
     """Copy what lies in a file, one behind the other in memory, to where it shall lie on the host."""
     file = _file_of(x)
-    if file is None or not file.read(x.data_ptr() - x.untyped_storage().data_ptr(), out):
+    if file is None:
         out.copy_(x)
+    else:
+        file.read(_offset_in_file(x), out)
 
 
-def fetched(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on a device; out of a file all at once, and no longer in this process's memory then.
+def fetched(x: Any, device: torch.device) -> Tensor:
+    """A tensor or a feature in a file, on a device.
 
     What is read through a mapping is the system's, which keeps as much of it in memory as it has room for, but counts
-    as this process's from the first touch.
+    as this process's from the first touch: on its way to a GPU it is read by calls.
     """
-    if device.type == "cpu" or not is_filed(x):
+    if isinstance(x, Filed):
+        return x.fetched(device)
+    file = _file_of(x)
+    if file is None or device.type == "cpu":
         return x.to(device)
-    _advise(x, _POPULATE_READ)
-    here = x.to(device)
-    released(x)
-    return here
+    out = torch.empty_like(x, device=device)  # one row after the other, there as here
+    block_io().read(file.piece(_offset_in_file(x), x.numel() * x.element_size()), out.view(-1))
+    return out
 
 
 def released(x: Tensor) -> None:
     """Let go of the memory to which a file's contents were read, where ``x`` is such a file's."""
-    if is_filed(x):
-        _advise(x, mmap.MADV_DONTNEED)
-
-
-_POPULATE_READ = 22  # Linux 5.14; mmap has no name for it
-
-
-def _advise(x: Tensor, advice: int) -> None:
-    """Tell the system about the pages in which a tensor lies; it may not understand."""
-    start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    size = x.data_ptr() + x.numel() * x.element_size() - start
-    ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    if _file_of(x) is not None:
+        start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = x.data_ptr() + x.numel() * x.element_size() - start
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -304,6 +344,8 @@ class Collector:
             step: takes the number of a chunk's first row, and the chunk's tensors in float32, where they came from.
         """
         before, after = self._stores, list[_RowStore]()
+        for store in before:
+            store.written()
         for start in range(0, self.rows, chunk):
             made = step(start, tuple(store.read(start, min(start + chunk, self.rows)) for store in before))
             after = after or [
@@ -345,7 +387,7 @@ class _RowStore:
         self.dtype = torch.float16 if layout.compact and compactable(first) else first.dtype
         self.length = first[0].numel()
         self.head = torch.empty(layout.near, self.length, dtype=self.dtype, device=first.device)
-        self._written: File | None = None
+        self._file: File | None = None
         self.room, self.file = self._far(), self._filed()
 
     def fits(self, x: Tensor) -> bool:
@@ -374,13 +416,13 @@ class _RowStore:
         return self._pinned(count) if count and self.last else torch.empty(count, self.length, dtype=self.dtype)
 
     def _filed(self) -> Tensor:
-        """Mapped, of a file that is open for writing."""
+        """Mapped."""
         count = self.layout.filed
         if not count:
             return torch.empty(0, self.length, dtype=self.dtype)
         values = count * self.length
-        self._written = File(values * self.dtype.itemsize, self.layout.folder)
-        return self._written.mapped(values, self.dtype).view(count, self.length)
+        self._file = File(values * self.dtype.itemsize, self.layout.folder)
+        return self._file.mapped(values, self.dtype).view(count, self.length)
 
     def _pinned(self, count: int) -> Tensor:
         """Out of the arena; where its gaps are too small, memory of its own: the GPU has to reach it."""
@@ -404,9 +446,9 @@ class _RowStore:
         for part, length in self._parts():
             begin, end = max(start, first), min(start + len(rows), first + length)
             if begin < end and part is self.file:
-                assert self._written is not None
+                assert self._file is not None
                 offset = (begin - first) * self.length * self.dtype.itemsize
-                self._written.write(offset, rows[begin - start : end - start].to(self.dtype).reshape(-1))
+                self._file.write(offset, rows[begin - start : end - start].to(self.dtype).reshape(-1))
             elif begin < end:
                 part[begin - first : end - first].copy_(rows[begin - start : end - start])
             first += length
@@ -417,14 +459,21 @@ class _RowStore:
 
     def _widen(self) -> None:
         """Values beyond half precision have come."""
+        self.written()
         self.dtype = torch.float32
         self.head = self.head.float()
         room, file = self._far(), self._filed()
         self.room, self.file = room.copy_(self.room), file.copy_(self.file)
         released(self.file)
 
+    def written(self) -> None:
+        """Wait until all that goes to a file is there."""
+        if self._file is not None:
+            self._file.written()
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As :class:`Rows` has them."""
+        self.written()
         far = self.room[: self.layout.pinned]
         near, far, filed, room = (self._shaped(rows) for rows in (self.head, far, self.file, self.room))
         return near, far, filed, room

@@ -18,7 +18,7 @@ from qdiff.config import QuantConfig
 from qdiff.graphs import holding_garbage
 from qdiff.memory import Kept, measure
 from qdiff.pinned import Arena
-from qdiff.places import Collector, Shelf
+from qdiff.places import Collector, Scratch, Shelf
 from qdiff.quant_model import QuantModel
 
 from .conftest import noisy_inputs, with_grids
@@ -210,7 +210,7 @@ def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) ->
         )
         for boundary in sizes.boundaries
     ]
-    files = Shelf("disk", compact=True, folder=tmp_path)
+    files = Shelf("disk", compact=True, scratch=Scratch(tmp_path))
     frontiers = (
         Frontier(qnn, inputs, shelf=shelf, **options),
         Frontier(qnn, inputs, shelf=host, kept=some, files=files, **options),
@@ -229,7 +229,7 @@ def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) ->
             pairs = zip(*(found(out[unit.path]) for out in outputs), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
         waits = list(frontiers[1].waiting())
-        in_files = {id(x) for x in waits if x.is_floating_point() and places.is_filed(x)}
+        in_files = {id(x) for x in waits if places.is_filed(x)}
         after = qnn.model.stages().index(stage) + 1
         assert bool(in_files) == (after < len(some) and some[after].filed)
 
