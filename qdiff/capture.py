@@ -346,12 +346,14 @@ class Frontier:
         if not kept.trunk:
             return None
         skips = [skip if keep else None for skip, keep in zip(flow.skips, kept.skips, strict=True)]
-        # The newest connection may be the feature map itself.
-        on_the_host = {id(skip) for skip in skips if skip is not None and skip is not flow.h}
+        shelves = {
+            id(skip): self._files if filed else self.shelf
+            for skip, filed in zip(skips, kept.filed_skips or [False] * len(skips), strict=True)
+            if skip is not None
+        }
         trunk = self._files if kept.filed else self.shelf
-        return _once_each(
-            dataclasses.replace(flow, skips=skips), lambda x: (self.shelf if id(x) in on_the_host else trunk).keep(x)
-        )
+        shelves[id(flow.h)] = trunk  # the newest connection may be the feature map itself
+        return _once_each(dataclasses.replace(flow, skips=skips), lambda x: shelves.get(id(x), trunk).keep(x))
 
 
 def _once_each(flow: Any, place: Callable[[Tensor], Tensor]) -> Any:

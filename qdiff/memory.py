@@ -3,9 +3,9 @@
 Two things are large. *Features*: the calibration set as it stands before the next stage, of both networks. *A unit's
 data*: its inputs and targets, of which every iteration takes a batch. A :class:`MemoryPlan` places the features as
 near as a budget allows: all of them on the GPU or on the host; or on the host as far as there is room, and the rest
-in files or computed anew from the set whenever it is wanted, whichever is quicker; or all in files. Of each unit's
-data as many rows stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads
-by itself while it computes, and what does not fit there in files, from which they are read ahead.
+in files or computed anew from the set whenever it is wanted, whichever is quicker. Of each unit's data as many rows
+stay on the GPU as fit; the rest lie in pinned host memory (:mod:`qdiff.pinned`), which the GPU reads by itself while it
+computes, and what does not fit there in files, from which they are read ahead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -238,21 +238,25 @@ class Kept(NamedTuple):
     Attributes:
         trunk: without it nothing is kept.
         skips: for each open U connection, the oldest first.
-        filed: the trunk waits in files; all else that waits is on the host.
+        filed, filed_skips: which of these wait in files; () for no connection. All else that waits is on the host.
     """
 
     trunk: bool
     skips: tuple[bool, ...]
     filed: bool = False
+    filed_skips: tuple[bool, ...] = ()
 
     def bytes_of(self, boundary: Boundary) -> int:
         """What it takes of the host, a sample."""
         trunk = boundary.trunk if self.trunk and not self.filed else 0
-        return trunk + sum(itertools.compress(boundary.skips, self.skips))
+        return trunk + sum(itertools.compress(boundary.skips, self.skips)) - self._filed_skips_of(boundary)
 
     def file_bytes_of(self, boundary: Boundary) -> int:
         """What it takes in files, a sample."""
-        return boundary.trunk if self.filed else 0
+        return boundary.trunk * self.filed + self._filed_skips_of(boundary)
+
+    def _filed_skips_of(self, boundary: Boundary) -> int:
+        return sum(itertools.compress(boundary.skips, self.filed_skips))
 
 
 class FileRate(NamedTuple):
@@ -267,6 +271,7 @@ class FileRate(NamedTuple):
 
 
 _UNKNOWN_RATE = FileRate(1e9, 1e9)
+_Where = Literal["host", "file", "nowhere"]
 
 
 @dataclass(frozen=True)
@@ -369,12 +374,11 @@ class MemoryPlan:
             return whole
         if not on_gpu and features + unit <= host // 2:
             return whole
-        files = plan("disk", gpu, host)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
-        return partly._or_in_files(files, stage_seconds)
+        return partly._with_files(stage_seconds)
 
-    def _or_in_files(self, files: MemoryPlan, stage_seconds: Callable[[int], Sequence[float]]) -> MemoryPlan:
-        """This plan, which computes features anew that have no room, or puts them into files; or one with all in files.
+    def _with_files(self, stage_seconds: Callable[[int], Sequence[float]]) -> MemoryPlan:
+        """This plan, which computes anew the features that have no room, with some of them in files instead.
 
         Raises:
             BudgetError: files have no room for what must lie there in any case.
@@ -387,22 +391,15 @@ class MemoryPlan:
                 f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
         each = stage_seconds(self.chunk)
-        known = len(each) == len(self.sizes.boundaries)
-        # Where there is no room for the probe, no file to speak of has room either.
-        rate = file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE
-
-        def informed(plan: MemoryPlan, file_price: float = 1.0) -> MemoryPlan:
-            return dataclasses.replace(
-                plan,
-                pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),
-                shares=tuple(seconds / sum(each) for seconds in each) if known else (),
-                file_room=room,
-                file_rate=rate,
-                file_price=file_price,
-            )
-
-        plans = [informed(files)] if files.file_bytes <= room else []
-        plans += [informed(self, price) for price in _FILE_PRICES]
+        informed = dataclasses.replace(
+            self,
+            pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),
+            shares=tuple(x / sum(each) for x in each) if len(each) == len(self.sizes.boundaries) else (),
+            file_room=room,
+            # Where there is no room for the probe, no file to speak of has room either.
+            file_rate=file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE,
+        )
+        plans = (dataclasses.replace(informed, file_price=price) for price in _FILE_PRICES)
         return min(plans, key=lambda plan: (plan.feature_seconds(), plan._travelling_seconds()))
 
     def __str__(self) -> str:
@@ -411,7 +408,6 @@ class MemoryPlan:
             "host": "in host memory",
             "partly": "in host memory as far as there is room, computed anew where not",
             "filed": "in host memory as far as there is room, in files or computed anew where not",
-            "disk": "in files",
         }["filed" if self._files_features else self.features]
         near = [self.gpu_rows(path) for path in self.sizes.units]
         parts = [f"{self.feature_bytes / GIB:.2f} GiB of features {where}, {self.chunk} samples at once"]
@@ -452,7 +448,9 @@ class MemoryPlan:
     @property
     def _files_features(self) -> bool:
         """Whether some feature maps wait in files, beside others that do not."""
-        return self.features == "partly" and any(kept.filed for networks in self.kept() for kept in networks)
+        return self.features == "partly" and any(
+            kept.filed or kept.filed_skips for networks in self.kept() for kept in networks
+        )
 
     @property
     def file_bytes(self) -> int:
@@ -462,7 +460,7 @@ class MemoryPlan:
         """
         rows = max(map(self._filed_bytes, self.sizes.units))
         if self.features != "partly":
-            return rows + (self.feature_bytes if self.features == "disk" else 0)
+            return rows
         waiting = zip(self._rows_around(self._filed_bytes), self._around(Kept.file_bytes_of), strict=True)
         return max([rows, *(filed + quantized + max(full, after) for filed, (quantized, full, after) in waiting)])
 
@@ -488,13 +486,15 @@ class MemoryPlan:
         return max(map(self.unit_on_host, self.sizes.units), default=0)
 
     def kept(self) -> list[tuple[Kept, Kept]]:
-        """What of the quantized and the full-precision network's features is on the host before each stage.
+        """What of the quantized and the full-precision network's features waits before each stage, and where.
 
         The rows of the stage's units come first, or those of the next one's, whose inputs are collected while the
         quantized network leaves this one. Then feature maps, without which everything has to be computed anew, then
         connections, the small ones first: the large ones were left by early stages, which is a short way from the set.
+        What has no room on the host goes to a file, if that is quicker than computing it anew, and stays there.
         """
-        there: list[list[bool]] = [[], []]  # of each network, the open connections that are there still
+        there: list[list[_Where]] = [[], []]  # each network's open connections
+        origins: list[int] = []  # of these, the stages before which they were open first
         kept: list[tuple[Kept, Kept]] = []
         host = self.host_bytes / _ARENA_SLACK
         # What the full-precision network may take: it moves on while the stage before is still learned.
@@ -506,32 +506,49 @@ class MemoryPlan:
             disk = _Room(self.file_room - filed_rows[number], files_ahead)
             on_host = [memory.take(network, trunk) for network in range(2)]
             filed = [
-                not on_host[network] and self._worth_a_file(number, network) and disk.take(network, trunk)
+                not on_host[network]
+                and self._worth_a_file(trunk, self._sweeps(number)[network], number)
+                and disk.take(network, trunk)
                 for network in range(2)
             ]
             trunks = [any(places) for places in zip(on_host, filed, strict=True)]
-            for open_ in there:
-                open_[:] = (open_ + [True] * len(boundary.skips))[: len(boundary.skips)]
+            origins = (origins + [number] * len(boundary.skips))[: len(boundary.skips)]
+            for places in there:
+                places[:] = (places + ["host"] * len(boundary.skips))[: len(boundary.skips)]
             for skip in sorted(range(len(boundary.skips)), key=lambda i: boundary.skips[i]):
-                for network, open_ in enumerate(there):
+                for network, places in enumerate(there):
                     size = self.rows * boundary.skips[skip]
-                    open_[skip] = open_[skip] and trunks[network] and memory.take(network, size)
+                    if places[skip] == "nowhere" or not trunks[network]:
+                        places[skip] = "nowhere"
+                    elif not size:  # it is the feature map itself
+                        places[skip] = "file" if filed[network] else "host"
+                    elif places[skip] == "file" or not memory.take(network, size):
+                        worth = places[skip] == "file" or self._skip_worth_a_file(size, origins[skip], network)
+                        places[skip] = "file" if worth and disk.take(network, size) else "nowhere"
             quantized, full = (
-                Kept(waits, tuple(open_), in_file) for waits, open_, in_file in zip(trunks, there, filed, strict=True)
+                Kept(
+                    waits,
+                    tuple(place != "nowhere" for place in places),
+                    in_file,
+                    tuple(place == "file" for place in places) if "file" in places else (),
+                )
+                for waits, places, in_file in zip(trunks, there, filed, strict=True)
             )
             kept.append((quantized, full))
-            for open_, waits in zip(there, trunks, strict=True):
+            for places, waits in zip(there, trunks, strict=True):
                 if not waits:  # the next stage is reached from the set, with all connections
-                    open_[:] = [True] * len(open_)
+                    places[:] = ["host"] * len(places)
             ahead = host - pinned[number] - self.rows * quantized.bytes_of(boundary)
             files_ahead = self.file_room - filed_rows[number] - self.rows * quantized.file_bytes_of(boundary)
         return kept
 
-    def _worth_a_file(self, number: int, network: int) -> bool:
-        """Whether the feature map before a stage is sooner read from a file than computed anew."""
-        sweeps = self._sweeps(number)[network]
-        travelling = self.file_rate.seconds(self.rows * self.sizes.boundaries[number].trunk, sweeps)
-        return self.file_price * travelling < sweeps * self._way(number) * self.pass_seconds
+    def _worth_a_file(self, size: int, times: int, number: int) -> bool:
+        """Whether what there is before a stage is sooner read from a file, so many times, than computed anew."""
+        return self.file_price * self.file_rate.seconds(size, times) < times * self._way(number) * self.pass_seconds
+
+    def _skip_worth_a_file(self, size: int, origin: int, network: int) -> bool:
+        joined_by = next(n for n, boundary in enumerate(self.sizes.boundaries) if boundary.origin == origin)
+        return self._worth_a_file(size, self._skip_sweeps(joined_by)[network], origin)
 
     def _way(self, number: int) -> float:
         """What the way from the set to a stage costs, of a pass."""
@@ -549,6 +566,11 @@ class MemoryPlan:
         each = max(1, len(units))
         return each, 1 if not units or self.together(units) else each
 
+    def _skip_sweeps(self, number: int) -> tuple[int, int]:
+        """The same for a U connection: the inputs of the first unit, which are taken on the way here, need it too."""
+        quantized, full = self._sweeps(number)
+        return quantized + bool(self.sizes.boundaries[number].units), full
+
     def _rows_around(self, bytes_of: Callable[[str], int]) -> list[int]:
         """Most bytes of a unit's rows while features wait before each stage, until they wait before the next one."""
         units = [max(map(bytes_of, boundary.units), default=0) for boundary in self.sizes.boundaries]
@@ -560,11 +582,11 @@ class MemoryPlan:
             return 0.0
         total = 0.0
         for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
-            for kept, times in zip(networks, self._sweeps(number), strict=True):
+            for network, kept in enumerate(networks):
                 if not kept.trunk:
-                    total += times * self._way(number)
+                    total += self._sweeps(number)[network] * self._way(number)
                 elif boundary.origin is not None and not kept.skips[-1]:
-                    total += times * self._way(boundary.origin)
+                    total += self._skip_sweeps(number)[network] * self._way(boundary.origin)
         return total
 
     def feature_seconds(self) -> float:
@@ -577,18 +599,23 @@ class MemoryPlan:
 
     def _travelling_seconds(self) -> float:
         """How long the disk takes for features in files."""
-        total = 0.0
-        if self.features == "partly":
-            for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
-                for kept, times in zip(networks, self._sweeps(number), strict=True):
-                    total += self.file_rate.seconds(self.rows * kept.file_bytes_of(boundary), times)
-        if self.features == "disk":
-            for number, boundary in enumerate(self.sizes.boundaries):
-                for times in self._sweeps(number):
-                    total += self.file_rate.seconds(self.rows * boundary.trunk, times)
-                    if boundary.origin is not None:  # written as the feature map that it was
-                        total += self.rows * (boundary.skips[-1] or boundary.trunk) * times / self.file_rate.read
-        return total
+        if self.features != "partly":
+            return 0.0
+        kept = self.kept()
+        written = read = 0
+        for network in range(2):
+            before: tuple[bool, ...] = ()  # which connections were in files before the stage before
+            for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, kept, strict=True)):
+                here = networks[network]
+                written += boundary.trunk * here.filed
+                read += boundary.trunk * here.filed * self._sweeps(number)[network]
+                were_there = [*before, *[False] * len(boundary.skips)]
+                for size, is_filed, was in zip(boundary.skips, here.filed_skips, were_there, strict=False):
+                    written += size * (is_filed and not was)
+                if boundary.origin is not None and here.filed_skips and here.filed_skips[-1]:
+                    read += (boundary.skips[-1] or boundary.trunk) * self._skip_sweeps(number)[network]
+                before = here.filed_skips
+        return self.rows * (written / self.file_rate.written + read / self.file_rate.read)
 
     @property
     def arena_bytes(self) -> int:
@@ -664,12 +691,11 @@ class Storage:
 
     def shelf(self) -> Shelf:
         """A place for one network's features."""
-        scratch = self._scratch if self.plan.features == "disk" else None
-        return Shelf(self.plan.features, compact=self.plan.compact, scratch=scratch, arena=self.arena)
+        return Shelf(self.plan.features, compact=self.plan.compact, arena=self.arena)
 
     def files(self) -> Shelf:
         """A place in files."""
-        return Shelf("disk", compact=self.plan.compact, scratch=self._scratch)
+        return Shelf(self.plan.features, compact=self.plan.compact, scratch=self._scratch)
 
     def collector(self, unit: Any) -> Collector:
         """A place for a unit's inputs, or its outputs."""

@@ -31,8 +31,8 @@ from qdiff.stretches import Stretches
 STRETCH = 10  # iterations whose rows are read from a file at once
 RING_STRETCHES = 3  # one that is computed with, the next one, and one that is being read
 
-Place = Literal["gpu", "host", "partly", "disk"]
-"""Of features: all in one place, or on the host as far as there is room (and computed anew where not)."""
+Place = Literal["gpu", "host", "partly"]
+"""Of features: all in one place, or on the host as far as there is room."""
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +62,14 @@ class Shelf:
     """Keeps features as they come, in one place.
 
     Args:
+        place: where they stay on the GPU; or, as far as they wait here, on the host.
         compact: in half precision.
-        scratch: the file for those that wait in one.
+        scratch: a file in which they wait instead.
         arena: pinned memory, for the host's.
     """
 
     def __init__(self, place: Place, *, compact: bool, scratch: Scratch | None = None, arena: Arena | None = None):
-        self.place, self.compact, self.arena = place, compact, arena
-        self._scratch = scratch or (Scratch(None) if place == "disk" else None)
+        self.place, self.compact, self.arena, self._scratch = place, compact, arena, scratch
 
     def rounded(self, x: Any) -> Any:
         """``x`` as it would come back, where it is."""
