@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from qdiff import fused
+
 LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that a calibration keeps whole
 PART_OF_MAP = 2**29  # what it keeps at a time of a larger one
 UNQUANTIZED_MAP = 16  # bits of a softmax map that stand for no quantization
@@ -130,11 +132,11 @@ class _ToHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exponent: Tensor, scales: _Scales) -> Tensor:
         ctx.exponent, ctx.scales = exponent, scales
-        return _times_power(x, exponent).half()
+        return _times_power(x, exponent, torch.float16)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _times_power(grad.float(), ctx.exponent - ctx.scales.down - ctx.scales.up), None, None
+        return _times_power(grad, ctx.exponent - ctx.scales.down - ctx.scales.up, torch.float32), None, None
 
 
 class _ToFull(torch.autograd.Function):
@@ -143,12 +145,12 @@ class _ToFull(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, scales: _Scales) -> Tensor:
         ctx.scales = scales
-        return _times_power(out.float(), -scales.down)
+        return _times_power(out, -scales.down, torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.scales.up = _LARGEST_GRADIENT - _exponent(grad)
-        return _times_power(grad, ctx.scales.up).half(), None
+        return _times_power(grad, ctx.scales.up, torch.float16), None
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -157,10 +159,10 @@ def _exponent(x: Tensor) -> Tensor:
     return torch.where(largest > 0, largest.clamp(min=torch.finfo(x.dtype).tiny).log2().ceil(), 0.0)
 
 
-def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+def _times_power(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """x 2^e; two factors, so that neither leaves the range of float32 where the product does not."""
     first = (exponent / 2).floor()
-    return x * first.exp2() * (exponent - first).exp2()
+    return fused.times(x, first.exp2(), (exponent - first).exp2(), dtype)
 
 
 def _spares(quantizer: nn.Module | None) -> bool:

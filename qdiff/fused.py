@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -140,6 +142,51 @@ def group_norm(norm: nn.Module, x: Tensor, *, silu: bool) -> Tensor:
             return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
     out = norm(x)
     return torch.nn.functional.silu(out) if silu else out
+
+
+def times(x: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """x first second in float32, multiplied in this order, then in ``dtype``. Without gradients.
+
+    Args:
+        first, second: 0-dim, on the same device.
+    """
+    if enabled(x.device) and x.numel():
+        from qdiff import triton_kernels
+
+        return triton_kernels.times(x if _is_dense(x) else x.contiguous(), first, second, dtype)
+    return (x.float() * first * second).to(dtype)
+
+
+class _GatedGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from qdiff import triton_kernels
+
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return triton_kernels.gated_gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from qdiff import triton_kernels
+
+        (x,) = ctx.saved_tensors
+        return triton_kernels.gated_gelu_backward(grad.contiguous(), x)
+
+
+def gated_gelu(x: Tensor) -> Tensor:
+    """As :func:`ldm.modules.attention.gated_gelu`."""
+    if enabled(x.device) and x.dtype is torch.float32 and 0 < x.numel() < 2**31:
+        return _GatedGelu.apply(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Its values fill a stretch of memory, in whatever order of axes."""
+    axes = sorted((axis for axis in range(x.dim()) if x.shape[axis] > 1), key=x.stride)
+    strides = [1, *itertools.accumulate((x.shape[axis] for axis in axes), operator.mul)]
+    return all(x.stride(axis) == stride for axis, stride in zip(axes, strides, strict=False))
 
 
 def _dense(x: Tensor) -> Tensor:

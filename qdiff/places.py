@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import logging
+import math
 import mmap
 import os
 import tempfile
@@ -51,7 +52,12 @@ def packed(x: Tensor) -> Tensor:
     if not compactable(x):
         return x
     half = x.half()
-    return half if bool(torch.isfinite(half).all()) else x
+    return half if _all_finite(half) else x
+
+
+def _all_finite(x: Tensor) -> bool:
+    """In one pass over the values."""
+    return not x.numel() or math.isfinite(torch.linalg.vector_norm(x, math.inf).item())
 
 
 def unpacked(x: Tensor) -> Tensor:
@@ -438,7 +444,7 @@ class _RowStore:
         rows = fused.rows_view(x) if self.last else x.reshape(len(x), -1)
         if self.dtype == torch.float16 and rows.dtype == torch.float32:
             half = rows.half()
-            if bool(torch.isfinite(half).all()):
+            if _all_finite(half):
                 rows = half
             else:
                 self._widen()

@@ -103,6 +103,66 @@ def _bounds(x: Tensor, lo: Tensor | float, hi: Tensor | float) -> tuple[Tensor, 
     return x, x, float(lo), float(hi)
 
 
+# Elementwise, in one pass.
+
+
+@triton.jit
+def _times_kernel(x, first, second, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * tl.load(first) * tl.load(second)
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
+
+
+def times(x: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """x first second in float32, in this order, then in ``dtype``. ``x`` dense, the factors 0-dim."""
+    out = torch.empty_like(x, dtype=dtype)
+    _times_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, first, second, out, x.numel(), BLOCK=_ELEMENTS)
+    return out
+
+
+_HALF_ROOT = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution, at 0
+
+
+@triton.jit
+def _gated_gelu_kernel(x, out, n, width, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    place = x + at + (at // width).to(tl.int64) * width  # each row of ``x`` has both halves
+    value, gate = tl.load(place, mask=mask, other=0.0), tl.load(place + width, mask=mask, other=0.0)
+    tl.store(out + at, value * (gate * 0.5 * (1.0 + tl.erf(gate * _HALF_ROOT))), mask=mask)
+
+
+@triton.jit
+def _gated_gelu_backward_kernel(grad, x, grad_x, n, width, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    offset = at + (at // width).to(tl.int64) * width
+    g = tl.load(grad + at, mask=mask, other=0.0)
+    value, gate = tl.load(x + offset, mask=mask, other=0.0), tl.load(x + offset + width, mask=mask, other=0.0)
+    share = 0.5 * (1.0 + tl.erf(gate * _HALF_ROOT))
+    slope = share + gate * _DENSITY * tl.exp(-0.5 * gate * gate)
+    tl.store(grad_x + offset, g * gate * share, mask=mask)
+    tl.store(grad_x + offset + width, g * value * slope, mask=mask)
+
+
+def gated_gelu(x: Tensor) -> Tensor:
+    """... x 2C -> ... x C: the first half of each row times GELU of the second. float32, contiguous, < 2^31 values."""
+    width = x.shape[-1] // 2
+    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
+    n = out.numel()
+    _gated_gelu_kernel[(triton.cdiv(n, _ELEMENTS),)](x, out, n, width, BLOCK=_ELEMENTS)
+    return out
+
+
+def gated_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient in ``x``."""
+    grad_x, n = torch.empty_like(x), grad.numel()
+    _gated_gelu_backward_kernel[(triton.cdiv(n, _ELEMENTS),)](grad, x, grad_x, n, x.shape[-1] // 2, BLOCK=_ELEMENTS)
+    return grad_x
+
+
 # Group normalisation and SiLU, of channels-last N x positions x channels. Where a sample has few positions, one program
 # normalises one group of it. Otherwise rows of all channels are read as they lie in memory: sums a tile, then sums a
 # group, then the result. Means and squares of tiles are merged as Chan et al. (1979) do, without cancellation.

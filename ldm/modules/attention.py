@@ -90,16 +90,23 @@ class CrossAttention(nn.Module):
         return self.fused_attention(q, k, v)
 
 
+def gated_gelu(x: Tensor) -> Tensor:
+    """The first half of the channels, gated by GELU of the second: ... x 2C -> ... x C."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
 class GEGLU(nn.Module):
     """One half of a projection, gated by GELU of the other (Shazeer 2020, "GLU variants improve transformer")."""
+
+    gated: Callable[[Tensor], Tensor] = staticmethod(gated_gelu)
 
     def __init__(self, channels: int, inner_channels: int):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return self.gated(self.proj(x))
 
 
 class FeedForward(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import AttentionBlock, CrossAttention, TransformerBlock
+from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, TransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff import fused
 from qdiff.adapters import Adapter
@@ -164,6 +164,9 @@ def _shortcuts(unet: nn.Module) -> Iterator[tuple[str, int]]:
 def _finish_block(block: BaseQuantBlock, config: QuantConfig) -> None:
     if isinstance(block, QuantAttentionBlock | QuantCrossAttention):
         block.add_quantizers(config.act, config.attention_map)
+    if isinstance(block, QuantTransformerBlock):
+        for gate in (module for module in block.modules() if isinstance(module, GEGLU)):
+            gate.gated = fused.gated_gelu
 
 
 def _inputs(unet: nn.Module) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.attention import gated_gelu
 from qdiff import fused, primitives
 from qdiff.config import CalibrationConfig
 from qdiff.quantizers import UniformAffineQuantizer
@@ -64,6 +65,37 @@ def test_fake_quantize(x: Tensor, bounds: tuple[float, float]) -> None:
         plain = gradients(lambda x, d: primitives.fake_quantize(x, d, *bounds), x, delta)
     assert torch.equal(fast[0], plain[0])
     assert_equal(fast, plain)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("layout", ["contiguous", "heads last", "with gaps"])
+@pytest.mark.parametrize("exponents", [(0.0, 0.0), (-3.0, -4.0), (60.0, 70.0), (-30.0, -40.0)])
+def test_two_factors(exponents: tuple[float, float], layout: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """To the bit, whatever is too large or too small for the types on the way."""
+    x = feature(2, 3, 50, 8)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads last" else x.contiguous()
+    x = (x if layout != "with gaps" else x[:, :, ::2]).to(dtypes[0])
+    first, second = (torch.tensor(2.0**exponent, device=DEVICE) for exponent in exponents)
+    fast = fused.times(x, first, second, dtypes[1])
+    with fused.plain_pytorch():
+        plain = fused.times(x, first, second, dtypes[1])
+    assert fast.dtype is dtypes[1]
+    assert torch.equal(fast, plain)
+    assert layout != "heads last" or fast.stride() == x.stride()
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 5, 16), (3, 700, 18), (1, 1, 2)])
+def test_gated_gelu(shape: tuple[int, ...]) -> None:
+    """Also where the gate is far from 0, and of a tensor with gaps."""
+    x = 4 * feature(*shape)
+    for piece in (x, x[:, ::2]):
+        fast = gradients(fused.gated_gelu, piece)
+        with fused.plain_pytorch():
+            plain = gradients(fused.gated_gelu, piece)
+        assert_equal(fast, plain)
+        assert_equal([fast[0]], [gated_gelu(piece)])
 
 
 @needs_kernels
