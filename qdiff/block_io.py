@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,6 +78,7 @@ class BlockIO:
 
     def __init__(self) -> None:
         self._writers, self._readers = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(THREADS)
+        self._unwritten = threading.BoundedSemaphore(_WRITTEN)  # of blocks on the host, which wait where they are
         self._coming: deque[tuple[Piece, int, int]] = deque()
         self._ahead: dict[tuple[int, int], tuple[Piece, _Staging, Future[None]]] = {}
 
@@ -96,18 +98,28 @@ class BlockIO:
         return [_Staging() for _ in range(_READ)]
 
     def write(self, piece: Piece, values: Tensor) -> None:
-        """Have a piece filled with values in one row, which must not change until :meth:`Piece.written` returns."""
+        """Have a piece filled with values in one row, which must not change until :meth:`Piece.written` returns.
+
+        It waits where the disk does not keep up: no more than a few blocks are on their way.
+        """
         data = values.contiguous().view(torch.uint8)
         for start, size in piece.blocks():
             part = data[start : start + size]
             if _is_on_host(data):
-                task = self._writers.submit(_write, piece, start, part)
+                self._unwritten.acquire()
+                task = self._writers.submit(self._write_from_host, piece, start, part)
             else:
-                staging = self._for_writing.get()  # waits where the disk does not keep up
+                staging = self._for_writing.get()
                 staging.memory[:size].copy_(part, non_blocking=True)
                 staging.marked()
                 task = self._writers.submit(self._write_staged, piece, start, size, staging)
             piece.pending.append(task)
+
+    def _write_from_host(self, piece: Piece, start: int, values: Tensor) -> None:
+        try:
+            _write(piece, start, values)
+        finally:
+            self._unwritten.release()
 
     def _write_staged(self, piece: Piece, start: int, size: int, staging: _Staging) -> None:
         try:

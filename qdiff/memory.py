@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qdiff.attention import LARGEST_MAP, PART_OF_MAP, as_if_learning
-from qdiff.block_io import STAGING_BYTES, block_io
+from qdiff.block_io import STAGING_BYTES, Piece, block_io
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Scratch, Shelf, compactable
 from qdiff.quant_block import BaseQuantBlock
@@ -44,7 +44,7 @@ _LEARNING_COPIES = 6  # of a batch's attention map, that learning holds at once
 _LEARNING_TENSORS = 16  # of the size of a unit's inputs and output, in float32, that learning holds of a sample
 _SMALLEST_CHUNK = 4
 _PASSING_SHARE = 4  # a pass takes no more than that part of the room, where more samples at once gain nothing
-_LOADED_LATER = 3 * 2**28 + STAGING_BYTES  # of host memory: libraries and kernels that a calibration loads as it goes
+_LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
 _MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
 _FILE_PRICES = (
@@ -54,7 +54,7 @@ _FILE_PRICES = (
     0.6,
     1.0,
 )  # of a second of the disk's, in seconds of the GPU's: which plan is best is tried
-_PROBE_BYTES = 2**30
+_PROBE_BYTES, _PROBE_SECONDS = 2**30, 1.0
 _LONG = 1e9  # seconds
 
 log = logging.getLogger(__name__)
@@ -340,7 +340,7 @@ class MemoryPlan:
         budget = budget or MemoryBudget()
         on_gpu = device.type == "cuda"
         features, largest = 2 * rows * sizes.features, max(sizes.units.values())
-        host = _host_room(budget)
+        host = _host_room(budget, STAGING_BYTES if on_gpu else 0)
         gpu = 0
         if on_gpu:
             learned = sizes.attention_map if maps else 0
@@ -711,11 +711,11 @@ class Storage:
         )
 
 
-def _host_room(budget: MemoryBudget) -> int:
-    """Bytes of host memory for captured data."""
+def _host_room(budget: MemoryBudget, staging: int) -> int:
+    """Bytes of host memory for captured data, beside what their way to files takes."""
     if budget.host_bytes is None:
         return int(HOST_SHARE * (free_host_bytes() + budget.pool.size))
-    there = resident_bytes() - budget.pool.size + _LOADED_LATER
+    there = resident_bytes() - budget.pool.size + _LOADED_LATER + staging
     if there > budget.host_bytes:
         log.warning(
             "the process takes %.1f of the %.1f GiB of host memory allowed, without any captured data",
@@ -816,7 +816,9 @@ def file_rate(folder: Path | None) -> FileRate:
     """How fast a disk is: a file is waited for, and read when the system does not hold it any more."""
     scratch, part = Scratch(folder), torch.empty(1, 2**26, dtype=torch.uint8).random_()
     started = time.perf_counter()
-    pieces = [scratch.store(part).piece for _ in range(_PROBE_BYTES // part.numel())]
+    pieces: list[Piece] = []
+    while sum(piece.size for piece in pieces) < _PROBE_BYTES and time.perf_counter() < started + _PROBE_SECONDS:
+        pieces.append(scratch.store(part).piece)
     for piece in pieces:
         piece.written()
     os.fsync(pieces[0].handle)
@@ -827,7 +829,8 @@ def file_rate(folder: Path | None) -> FileRate:
     for piece in pieces:
         block_io().read(piece, part.view(-1))
     read = time.perf_counter()
-    return FileRate(_PROBE_BYTES / (written - started), _PROBE_BYTES / (read - again))
+    size = sum(piece.size for piece in pieces)
+    return FileRate(size / (written - started), size / (read - again))
 
 
 def _folder_of_files(folder: Path | None) -> Path:

@@ -98,6 +98,32 @@ def test_who_waits_for_the_disk_waits_for_all_of_it(
     assert scratch.store(x).piece.offset == offset
 
 
+def test_a_slow_disk_is_waited_for(io: BlockIO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not more than a few blocks are held in memory for it."""
+    go, started = threading.Event(), threading.Semaphore(0)
+    pwrite = module.os.pwrite
+
+    def slow(*arguments: object) -> int:
+        started.release()
+        assert go.wait(10)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(module.os, "pwrite", slow)
+    scratch, stored = Scratch(tmp_path), list[Filed]()
+    tensors = [torch.randn(1, 16) for _ in range(20)]
+    thread = threading.Thread(target=lambda: [stored.append(scratch.store(x)) for x in tensors])
+    thread.start()
+    for _ in range(module.THREADS):
+        assert started.acquire(timeout=10)
+    thread.join(0.1)
+    assert thread.is_alive()
+    assert len(stored) == module._WRITTEN
+    go.set()
+    thread.join(10)
+    for x, there in zip(tensors, stored, strict=True):
+        assert torch.equal(fetched(there, CPU), x)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_what_is_written_comes_back(tmp_path: Path) -> None:

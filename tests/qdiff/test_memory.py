@@ -51,6 +51,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process itself takes nothing: budgets are for captured data only."""
     monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
     monkeypatch.setattr(memory, "_LOADED_LATER", 0)
+    monkeypatch.setattr(memory, "STAGING_BYTES", 0)
 
 
 @pytest.fixture
@@ -276,9 +277,10 @@ def test_pinned_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_LOADED_LATER", 0)
     monkeypatch.setattr(memory, "resident_bytes", lambda: 3 * 10**6 + limited.pool.size)
     limited = MemoryBudget(host_bytes=5 * 10**6)
-    before = memory._host_room(limited)
+    before = memory._host_room(limited, 0)
     limited.pool.arena(2**20)
-    assert memory._host_room(limited) == before == 2 * 10**6
+    assert memory._host_room(limited, 0) == before == 2 * 10**6
+    assert memory._host_room(limited, 10**6) == 10**6  # what goes to files and comes from them on the way to a GPU
 
 
 def test_connections_come_from_the_latest_stage_that_left_one() -> None:
