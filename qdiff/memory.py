@@ -47,13 +47,6 @@ _PASSING_SHARE = 4  # a pass takes no more than that part of the room, where mor
 _LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibration loads as it goes
 _ARENA_SLACK = 1.08
 _MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
-_FILE_PRICES = (
-    0.0,
-    0.1,
-    0.3,
-    0.6,
-    1.0,
-)  # of a second of the disk's, in seconds of the GPU's: which plan is best is tried
 _PROBE_BYTES, _PROBE_SECONDS = 2**30, 1.0
 _LONG = 1e9  # seconds
 
@@ -285,9 +278,8 @@ class MemoryPlan:
         host_bytes: for both.
         batch: samples that are learned from at once.
         pass_seconds: how long the whole set takes through the network; shares: of each stage in that, none where all
-            are taken to cost the same; file_room: bytes for files; file_rate: how fast these are; file_price: what a
-            second of theirs, who travel while the GPU computes, may cost of its seconds. Of plans that compute a part
-            of the features anew.
+            are taken to cost the same; file_room: bytes for files; file_rate: how fast these are. Of plans that compute
+            a part of the features anew.
     """
 
     rows: int
@@ -306,7 +298,6 @@ class MemoryPlan:
     shares: tuple[float, ...] = ()
     file_room: int = 0
     file_rate: FileRate = _UNKNOWN_RATE
-    file_price: float = 1.0
 
     @classmethod
     def make(
@@ -391,7 +382,7 @@ class MemoryPlan:
                 f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
         each = stage_seconds(self.chunk)
-        informed = dataclasses.replace(
+        return dataclasses.replace(
             self,
             pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),
             shares=tuple(x / sum(each) for x in each) if len(each) == len(self.sizes.boundaries) else (),
@@ -399,8 +390,6 @@ class MemoryPlan:
             # Where there is no room for the probe, no file to speak of has room either.
             file_rate=file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE,
         )
-        plans = (dataclasses.replace(informed, file_price=price) for price in _FILE_PRICES)
-        return min(plans, key=lambda plan: (plan.feature_seconds(), plan._travelling_seconds()))
 
     def __str__(self) -> str:
         where = {
@@ -491,7 +480,8 @@ class MemoryPlan:
         The rows of the stage's units come first, or those of the next one's, whose inputs are collected while the
         quantized network leaves this one. Then feature maps, without which everything has to be computed anew, then
         connections, the small ones first: the large ones were left by early stages, which is a short way from the set.
-        What has no room on the host goes to a file, if that is quicker than computing it anew, and stays there.
+        What has no room on the host goes to a file, if that is quicker than computing it anew, and connections stay
+        there.
         """
         there: list[list[_Where]] = [[], []]  # each network's open connections
         origins: list[int] = []  # of these, the stages before which they were open first
@@ -505,12 +495,8 @@ class MemoryPlan:
             memory = _Room(host - pinned[number], ahead)
             disk = _Room(self.file_room - filed_rows[number], files_ahead)
             on_host = [memory.take(network, trunk) for network in range(2)]
-            filed = [
-                not on_host[network]
-                and self._worth_a_file(trunk, self._sweeps(number)[network], number)
-                and disk.take(network, trunk)
-                for network in range(2)
-            ]
+            joined = [not places or places[-1] != "nowhere" for places in there]
+            filed = self._in_files(number, on_host, joined, disk)
             trunks = [any(places) for places in zip(on_host, filed, strict=True)]
             origins = (origins + [number] * len(boundary.skips))[: len(boundary.skips)]
             for places in there:
@@ -542,13 +528,46 @@ class MemoryPlan:
             files_ahead = self.file_room - filed_rows[number] - self.rows * quantized.file_bytes_of(boundary)
         return kept
 
-    def _worth_a_file(self, size: int, times: int, number: int) -> bool:
-        """Whether what there is before a stage is sooner read from a file, so many times, than computed anew."""
-        return self.file_price * self.file_rate.seconds(size, times) < times * self._way(number) * self.pass_seconds
+    def _in_files(self, number: int, on_host: Sequence[bool], joined: Sequence[bool], disk: _Room) -> list[bool]:
+        """Which networks' feature maps are to wait in a file before a stage, of those that are not on the host.
+
+        The disk works while the GPU computes: the one that takes longer is to take as short as it can. While one
+        network's come from a file the other's may be computed anew.
+
+        Args:
+            joined: the connection that the stage joins, if it joins one, is kept if the feature map is.
+            disk: the room that is left, which is taken.
+        """
+        boundary, sweeps = self.sizes.boundaries[number], self._sweeps(number)
+        size = self.rows * boundary.trunk
+        anyway = self._anyway(number)
+        best, chosen = (math.inf, math.inf), [False, False]
+        for choice in itertools.product((False, True), repeat=2):
+            left = disk.copy()
+            computing, travelling = anyway, 0.0
+            for network, (here, in_file) in enumerate(zip(on_host, choice, strict=True)):
+                if in_file and (here or not left.take(network, size)):
+                    travelling = math.inf
+                elif in_file:
+                    travelling += self.file_rate.seconds(size, sweeps[network])
+                elif not here:
+                    computing += sweeps[network] * self._way(number)
+                if (here or in_file) and boundary.origin is not None and not joined[network]:
+                    computing += self._skip_sweeps(number)[network] * self._way(boundary.origin)
+            longer = max(computing * self.pass_seconds, travelling)
+            if (longer, travelling) < best:
+                best, chosen = (longer, travelling), list(choice)
+        return [in_file and disk.take(network, size) for network, in_file in enumerate(chosen)]
 
     def _skip_worth_a_file(self, size: int, origin: int, network: int) -> bool:
+        """Whether a connection is sooner read from a file than computed anew."""
         joined_by = next(n for n, boundary in enumerate(self.sizes.boundaries) if boundary.origin == origin)
-        return self._worth_a_file(size, self._skip_sweeps(joined_by)[network], origin)
+        times = self._skip_sweeps(joined_by)[network]
+        return self.file_rate.seconds(size, times) < times * self._way(origin) * self.pass_seconds
+
+    def _anyway(self, number: int) -> float:
+        """What a stage costs, of a pass, wherever the features before it wait."""
+        return (self._way(number + 1) - self._way(number)) * sum(self._sweeps(number))
 
     def _way(self, number: int) -> float:
         """What the way from the set to a stage costs, of a pass."""
@@ -578,44 +597,46 @@ class MemoryPlan:
 
     def passes(self) -> float:
         """Forward passes in which a phase computes anew what is not kept."""
-        if self.features != "partly":
-            return 0.0
-        total = 0.0
-        for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, self.kept(), strict=True)):
-            for network, kept in enumerate(networks):
-                if not kept.trunk:
-                    total += self._sweeps(number)[network] * self._way(number)
-                elif boundary.origin is not None and not kept.skips[-1]:
-                    total += self._skip_sweeps(number)[network] * self._way(boundary.origin)
-        return total
+        return sum(self._anew(number, networks) for number, networks in enumerate(self._kept_in_part()))
 
     def feature_seconds(self) -> float:
-        """How long features take in a phase: through the networks, or to files and back, whichever is longer."""
-        anyway = sum(
-            (self._way(number + 1) - self._way(number)) * sum(self._sweeps(number))
-            for number in range(len(self.sizes.boundaries))
-        )
-        return max((anyway + self.passes()) * self.pass_seconds, self._travelling_seconds())
+        """How long features take in a phase: at each stage through the networks, or files, whichever is longer."""
+        kept = self._kept_in_part()
+        computing = [
+            (self._anyway(number) + self._anew(number, networks)) * self.pass_seconds
+            for number, networks in enumerate(kept)
+        ]
+        return sum(map(max, computing, self._travelling(kept)))
 
-    def _travelling_seconds(self) -> float:
-        """How long the disk takes for features in files."""
-        if self.features != "partly":
-            return 0.0
-        kept = self.kept()
-        written = read = 0
+    def _kept_in_part(self) -> list[tuple[Kept, Kept]]:
+        return self.kept() if self.features == "partly" else []
+
+    def _anew(self, number: int, networks: tuple[Kept, Kept]) -> float:
+        """What is computed anew for a stage, of a pass."""
+        total, origin = 0.0, self.sizes.boundaries[number].origin
+        for network, kept in enumerate(networks):
+            if not kept.trunk:
+                total += self._sweeps(number)[network] * self._way(number)
+            elif origin is not None and not kept.skips[-1]:
+                total += self._skip_sweeps(number)[network] * self._way(origin)
+        return total
+
+    def _travelling(self, kept: Sequence[tuple[Kept, Kept]]) -> list[float]:
+        """How long the disk takes for what is in files, before each stage."""
+        seconds = [0.0] * len(kept)
         for network in range(2):
             before: tuple[bool, ...] = ()  # which connections were in files before the stage before
             for number, (boundary, networks) in enumerate(zip(self.sizes.boundaries, kept, strict=True)):
                 here = networks[network]
-                written += boundary.trunk * here.filed
-                read += boundary.trunk * here.filed * self._sweeps(number)[network]
+                written, read = boundary.trunk * here.filed, boundary.trunk * here.filed * self._sweeps(number)[network]
                 were_there = [*before, *[False] * len(boundary.skips)]
                 for size, is_filed, was in zip(boundary.skips, here.filed_skips, were_there, strict=False):
                     written += size * (is_filed and not was)
                 if boundary.origin is not None and here.filed_skips and here.filed_skips[-1]:
                     read += (boundary.skips[-1] or boundary.trunk) * self._skip_sweeps(number)[network]
                 before = here.filed_skips
-        return self.rows * (written / self.file_rate.written + read / self.file_rate.read)
+                seconds[number] += self.rows * (written / self.file_rate.written + read / self.file_rate.read)
+        return seconds
 
     @property
     def arena_bytes(self) -> int:
@@ -655,6 +676,10 @@ class _Room:
 
     def __init__(self, both: float, full: float):
         self._left = [both, full]
+
+    def copy(self) -> _Room:
+        """The same room, to be taken by others."""
+        return _Room(*self._left)
 
     def take(self, network: int, size: int) -> bool:
         """Whether there was so much for a network; it is taken then."""

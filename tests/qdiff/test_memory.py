@@ -127,10 +127,10 @@ def test_features_lie_in_files_as_far_as_there_is_room(monkeypatch: pytest.Monke
     """Of both networks, where memory has none. The set itself is there anyway."""
     route = (Boundary(2), Boundary(20), Boundary(30), Boundary(10))
     sizes = Sizes(30, {"unit": 100}, route)
-    for room, filed in ((10**9, [False, True, True, True]), (299, [False, True, False, True]), (99, [False] * 4)):
+    for room, filed in ((10**9, [0, 2, 2, 2]), (299, [0, 1, 0, 2]), (99, [0] * 4)):
         monkeypatch.setattr("qdiff.memory.free_file_bytes", lambda folder, room=room: room)
         made = MemoryPlan.make(sizes, 10, MemoryBudget(host_bytes=0), torch.device("cpu"), chunk=2, compact=False)
-        assert [quantized.filed for quantized, _ in made.kept()] == filed
+        assert [quantized.filed + full.filed for quantized, full in made.kept()] == filed
         assert made.file_bytes <= room
 
 
@@ -213,16 +213,37 @@ def test_features_lie_in_files_where_these_are_quicker() -> None:
     assert made.passes() == pytest.approx(2 / 7)  # the connection that full[5] has not
     assert made.file_bytes == 300 + 400 + 30
     assert made.feature_seconds() == pytest.approx(2 + 2 / 7)  # the way that both networks go anyway, and files beside
-    slow_disk = dataclasses.replace(made, file_rate=FileRate(100.0, 200.0), file_price=0.0)
-    assert slow_disk.kept() == made.kept()
-    written = 200 + 200 + 400 + 300  # full[1], full[2], full[5] and a connection of quantized[4]; others are there
-    read = 200 + 200 + 400 + 300 + 30  # and the one that the last stage joins
-    assert slow_disk.feature_seconds() == pytest.approx(written / 100 + read / 200)
+    slower = dataclasses.replace(made, file_rate=FileRate(10_000.0, 20_000.0))
+    assert slower.kept() == made.kept()
+    written = (0, 200, 200, 0, 300, 400, 0)  # full[1], full[2], a connection of quantized[4], full[5]
+    read = (0, 200, 200, 0, 0, 700, 30)  # these, that one, and the one that the last stage joins; others are there
+    assert slower._travelling(slower.kept()) == pytest.approx(
+        [a / 10_000 + b / 20_000 for a, b in zip(written, read, strict=True)]
+    )
     assert in_memory.feature_seconds() == 0.0  # a pass takes no time
     assert "in files or computed anew where not" in str(made)
     assert dataclasses.replace(made, file_room=399).kept()[5][1].filed is False
     slow = dataclasses.replace(made, pass_seconds=1e-9)
     assert slow.kept() == in_memory.kept()
+
+
+def test_files_and_computing_anew_go_on_side_by_side() -> None:
+    """One network's features come from a file while the other's are computed, where both ways take as long."""
+    route = (Boundary(1), Boundary(50), Boundary(50), Boundary(50))
+    made = dataclasses.replace(
+        route_plan(0),
+        sizes=Sizes(50, {"unit": 0}, route),
+        pass_seconds=40.0,
+        file_rate=FileRate(50, 50),
+        file_room=10**6,
+    )
+    # A network's features take 20 s in files. Anew they take 10, 20 and 30, beside 20 for the stage itself.
+    assert [quantized.filed + full.filed for quantized, full in made.kept()] == [0, 1, 1, 2]
+    assert made.feature_seconds() == 20 + (20 + 10) + (20 + 20) + 40
+    quick = dataclasses.replace(made, file_rate=FileRate(5000, 5000))
+    assert [quantized.filed + full.filed for quantized, full in quick.kept()] == [0, 2, 2, 2]
+    assert quick.passes() == 0
+    assert quick.feature_seconds() == 4 * 20
 
 
 def test_rows_for_which_there_is_no_room_lie_in_a_file() -> None:
