@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -362,3 +364,39 @@ def test_reconstruction_is_quadratic_unless_told_otherwise() -> None:
         reconstruction_slope(prediction, target), reconstruction_slope(prediction, target, 2.0), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+def unlike_tensors() -> Iterator[Tensor]:
+    """Of 8192 values: bounded and unbounded, one-sided, with outliers, constant, sparse, and with what is no number."""
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(8192, generator=generator)
+    yield from (normal, normal**3, 5 * torch.rand(8192, generator=generator) + 3, F.silu(3 * normal))
+    yield from (normal.view(64, 128).softmax(1), torch.ones(8192), normal[:16].repeat(512))
+    yield normal * (torch.rand(8192, generator=generator) > 0.99)
+    for odd in (50.0, math.nan, math.inf, -math.inf):
+        yield torch.cat([normal[:5], torch.tensor([odd]), normal[6:]])
+
+
+@pytest.mark.parametrize("n_bits", [4, 8, 16])
+@pytest.mark.parametrize(("symmetric", "always_zero"), [(False, False), (True, False), (False, True)])
+def test_leaving_out_candidates_leaves_the_best(
+    n_bits: int, symmetric: bool, always_zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid found with a part of the values looked at first is that of all candidates, and found with less work."""
+    work, scores = [], primitives._scores
+
+    def counted(rows: Tensor, delta: Tensor, *rest: object) -> Tensor:
+        work[-1] += rows.numel() * len(delta)
+        return scores(rows, delta, *rest)
+
+    monkeypatch.setattr(primitives, "_scores", counted)
+    for x in unlike_tensors():
+        found = []
+        for least in (x.numel(), x.numel() + 1):
+            monkeypatch.setattr(primitives, "_SEARCH_PRUNED", least)
+            work.append(0)
+            found.append(search_grid(x, n_bits, symmetric=symmetric, channel_wise=False, always_zero=always_zero))
+        pruned, whole = found
+        assert all(torch.equal(a, b) or bool(a.isnan() & b.isnan()) for a, b in zip(pruned, whole, strict=True))
+    assert n_bits == 4 or sum(work[::2]) < 0.85 * sum(work[1::2])  # coarse grids are more alike
+    assert all(less < 1.1 * all_ for less, all_ in zip(work[::2], work[1::2], strict=True))
