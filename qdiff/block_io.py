@@ -181,6 +181,18 @@ class BlockIO:
         self._go_ahead()
         return out
 
+    def release(self) -> None:
+        """Give back the pinned memory, when all is written. Nothing is read ahead any more."""
+        self.expect(())
+        for _ in range(_WRITTEN):
+            self._unwritten.acquire()
+        self._unwritten.release(_WRITTEN)
+        if "_for_writing" in vars(self):
+            for _ in range(_WRITTEN):
+                self._for_writing.get()
+        for name in ("_for_writing", "_for_reading_ahead", "_for_reading"):
+            vars(self).pop(name, None)
+
     def _read_to(self, staging: _Staging, piece: Piece, start: int, size: int) -> Future[None]:
         def read() -> None:
             staging.wait()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qdiff.act_ranges import RANGE_CHUNK, find_act_ranges, range_rows, update_running_ranges
+from qdiff.block_io import block_io
 from qdiff.calibration_data import CalibrationSet
 from qdiff.capture import PairedCapture, UnitData
 from qdiff.config import CalibrationConfig
@@ -108,7 +109,9 @@ def calibrate(
         arithmetic(capturing(config), device),
         gpu_limit(budget, device),
         contextlib.closing(budget.pool),
+        contextlib.ExitStack() as stack,
     ):
+        stack.callback(block_io().release)
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":

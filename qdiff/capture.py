@@ -437,6 +437,7 @@ class PairedCapture:
     def _stage_seconds(self, inputs: tuple[Tensor, ...]) -> list[float]:
         """How long these samples take through each stage of the network as it is quantized in this phase."""
         inputs = tuple(x.to(self.device) for x in inputs)
+        self.qnn.clock.set(inputs[1])
         unet, taken = self.qnn.model, []
         for _ in range(2):  # the first time loads what is needed
             flow = unet.begin(*inputs)
@@ -446,6 +447,7 @@ class PairedCapture:
                     unet.advance(stage, flow)
                     times.append(self._now())
             taken.append([after - before for before, after in itertools.pairwise(times)])
+        self.qnn.clock.clear()
         return list(map(min, zip(*taken, strict=True)))
 
     def _now(self) -> float:
@@ -470,6 +472,7 @@ class PairedCapture:
                 with self.qnn.quant_state(False, False):
                     self._full.advance(stage)
             self._full_is_ahead = False
+        block_io().expect(())  # what was announced last holds a file
 
     def _make_room(self, size: int) -> None:
         """See to it that a unit's rows find a stretch of pinned memory where there is room but in pieces."""

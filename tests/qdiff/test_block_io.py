@@ -124,6 +124,16 @@ def test_a_slow_disk_is_waited_for(io: BlockIO, monkeypatch: pytest.MonkeyPatch,
         assert torch.equal(fetched(there, CPU), x)
 
 
+def test_pinned_memory_is_given_back_when_all_is_written(io: BlockIO, tmp_path: Path) -> None:
+    tensors, filed = stored(Scratch(tmp_path), 4)
+    io.expect(x.piece for x in filed)
+    io.release()
+    assert all(x.piece.is_written for x in filed)
+    assert not [name for name, value in vars(io).items() if "reading" in name or name == "_for_writing"]
+    for x, there in zip(tensors, filed, strict=True):  # and taken again
+        assert torch.equal(fetched(there, CPU), x)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_what_is_written_comes_back(tmp_path: Path) -> None:

@@ -690,26 +690,30 @@ def test_missing_rows_are_noticed() -> None:
 
 
 PLACES = {
-    "features in host memory": (None, 1e9, 10**9),
-    "room, computed anew where not": (MemoryBudget(host_bytes=1000), 1.0, 10**9),  # where files are slow
-    "as far as there is room": (MemoryBudget(host_bytes=300_000), 1.0, 10**9),
-    "in files or computed anew where not": (MemoryBudget(host_bytes=1000), 1e9, 10**9),
+    "features in host memory": (None, 1e9),
+    "room, computed anew where not": (MemoryBudget(host_bytes=1000), 1.0),  # where files are slow
+    "as far as there is room": (MemoryBudget(host_bytes=300_000), 1.0),
+    "in files or computed anew where not": (MemoryBudget(host_bytes=1000), 1e9),
 }
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("timed", [False, True])
 def test_a_budget_changes_nothing_but_the_place(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    timed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    monkeypatch.setattr(memory, "_PROBE_BYTES", 0)
-    for place, (budget, rate, room) in PLACES.items():
+    data = calibration_set(6)
+    config = QuantConfig(4, 8, quant_act=True, split=True)
+    if timed:
+        steps = tuple(sorted(set(data.t.tolist())))
+        config = dataclasses.replace(config, timed_ranges="all", timesteps=steps)
+    for place, (budget, rate) in PLACES.items():
         monkeypatch.setattr("qdiff.memory.file_rate", lambda folder, rate=rate: FileRate(rate, rate))
-        monkeypatch.setattr("qdiff.memory.free_file_bytes", lambda folder, room=room: room)
         budget = budget and dataclasses.replace(budget, folder=tmp_path)
-        qnn = wrapped(QuantConfig(4, 8, quant_act=True, split=True))
+        qnn = wrapped(config)
         with caplog.at_level("INFO", "qdiff"):
-            calibrate(qnn, calibration_set(6), CalibrationConfig(iters=3, iters_a=3, batch_size=4), budget=budget)
+            calibrate(qnn, data, CalibrationConfig(iters=3, iters_a=3, batch_size=4), budget=budget)
         assert place in caplog.text
         caplog.clear()
         results.append(qnn.state_dict())
