@@ -35,9 +35,10 @@ def test_every_grey_level_survives_the_round_trip(options):
 @given(st.integers(0, 2**31), st.booleans())
 def test_uniform_dequantization_stays_in_its_grey_level(seed, rescaled):
     chosen = config(uniform_dequantization=True, rescaled=rescaled)
-    x = to_model(LEVELS.double(), chosen, torch.Generator().manual_seed(seed))
+    levels = (LEVELS.double() * 255).round()
+    x = to_model(levels / 255, chosen, torch.Generator().manual_seed(seed))
     back = to_images(x, chosen)
-    assert torch.equal((back * 256 + 1e-10).floor().clamp(max=255), (LEVELS.double() * 255).round())
+    assert torch.equal((back * 256 + 1e-10).floor().clamp(max=255), levels)
 
 
 def test_gaussian_dequantization_adds_a_hundredth():
