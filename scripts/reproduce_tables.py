@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -252,7 +253,7 @@ def make_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], epilog=EXAMPLES)
     parser.add_argument("--model", choices=MODELS, default="fashion_mnist", help="which bundled model")
     parser.add_argument("--out", type=Path, default=Path("tables"), metavar="DIR", help="where everything is kept")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these [all]; a trailing * takes every ending")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these [all]; a * stands for whatever there is")
     parser.add_argument("--list", action="store_true", help="print the rows, with what is finished, and stop")
     parser.add_argument("--minutes", type=real(zero=False), help="start nothing new after that time [no limit]")
     group = parser.add_argument_group("settings", "recorded in settings.json; a folder holds rows of one setting")
@@ -301,13 +302,10 @@ def chosen_rows(parser: Parser, names: Sequence[str] | None, rows: Sequence[Row]
     if names is None:
         return list(rows)
 
-    def matches(row: Row, name: str) -> bool:
-        return row.name.startswith(name[:-1]) if name.endswith("*") else row.name == name
-
     for name in names:
-        if not any(matches(row, name) for row in rows):
+        if not any(fnmatchcase(row.name, name) for row in rows):
             parser.error(f"--rows {name}: no such row; --list shows them")
-    return [row for row in rows if any(matches(row, name) for name in names)]
+    return [row for row in rows if any(fnmatchcase(row.name, name) for name in names)]
 
 
 @contextmanager

@@ -289,6 +289,8 @@ def test_names_with_a_star() -> None:
     assert chosen[0] == "full"
     assert {"linear-w4a32", "linear-w4a32-nosplit"} <= set(chosen)
     assert all(name == "full" or name.startswith("linear-w4a32") for name in chosen)
+    inside = [row.name for row in tables.chosen_rows(parser, ["linear-w4*-nosplit"], tables.ROWS)]
+    assert inside == ["linear-w4a32-nosplit", "linear-w4a8-nosplit"]
 
 
 def test_mean_and_spread() -> None:
