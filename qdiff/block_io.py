@@ -181,8 +181,8 @@ class BlockIO:
         self._go_ahead()
         return out
 
-    def release(self) -> None:
-        """Give back the pinned memory, when all is written. Nothing is read ahead any more."""
+    def close(self) -> None:
+        """Give back the pinned memory, when all is written; it is taken again by who writes or reads."""
         self.expect(())
         for _ in range(_WRITTEN):
             self._unwritten.acquire()

@@ -109,9 +109,8 @@ def calibrate(
         arithmetic(capturing(config), device),
         gpu_limit(budget, device),
         contextlib.closing(budget.pool),
-        contextlib.ExitStack() as stack,
+        contextlib.closing(block_io()),
     ):
-        stack.callback(block_io().release)
         if not weights_done:
             qnn.find_weight_grids()
             if mode == "qdiff":

@@ -538,22 +538,18 @@ class MemoryPlan:
             joined: the connection that the stage joins, if it joins one, is kept if the feature map is.
             disk: the room that is left, which is taken.
         """
-        boundary, sweeps = self.sizes.boundaries[number], self._sweeps(number)
-        size = self.rows * boundary.trunk
-        anyway = self._anyway(number)
+        size, sweeps = self.rows * self.sizes.boundaries[number].trunk, self._sweeps(number)
         best, chosen = (math.inf, math.inf), [False, False]
         for choice in itertools.product((False, True), repeat=2):
             left = disk.copy()
-            computing, travelling = anyway, 0.0
-            for network, (here, in_file) in enumerate(zip(on_host, choice, strict=True)):
-                if in_file and (here or not left.take(network, size)):
-                    travelling = math.inf
-                elif in_file:
-                    travelling += self.file_rate.seconds(size, sweeps[network])
-                elif not here:
-                    computing += sweeps[network] * self._way(number)
-                if (here or in_file) and boundary.origin is not None and not joined[network]:
-                    computing += self._skip_sweeps(number)[network] * self._way(boundary.origin)
+            travelling = 0.0
+            for network in itertools.compress(range(2), choice):
+                fits = not on_host[network] and left.take(network, size)
+                travelling += self.file_rate.seconds(size, sweeps[network]) if fits else math.inf
+            quantized, full = (
+                Kept(here or in_file, (there,)) for here, in_file, there in zip(on_host, choice, joined, strict=True)
+            )
+            computing = self._anyway(number) + self._anew(number, (quantized, full))
             longer = max(computing * self.pass_seconds, travelling)
             if (longer, travelling) < best:
                 best, chosen = (longer, travelling), list(choice)

@@ -94,8 +94,8 @@ class Shelf:
         return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
 
 
-class Scratch:
-    """A file without a name, in which features wait: it grows as far as it has to, and goes with the last of them.
+class _Nameless:
+    """An open file that nobody finds and that is gone with its holders.
 
     Args:
         folder: where it is; None: the system's temporary one.
@@ -103,8 +103,31 @@ class Scratch:
 
     def __init__(self, folder: Path | None):
         self._place = str(folder or tempfile.gettempdir())
-        self._handle = _nameless(folder)
+        self._handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
+        os.unlink(name)
         weakref.finalize(self, os.close, self._handle)
+
+    def reserve(self, offset: int, size: int) -> None:
+        """See to it that there is room on the disk for a stretch of it, in bytes.
+
+        Raises:
+            OSError: the disk is full; found out here, not by a signal when the memory is read.
+        """
+        try:
+            os.posix_fallocate(self._handle, offset, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._place) from error
+
+    def piece(self, offset: int, size: int) -> Piece:
+        """A stretch of it, in bytes."""
+        return Piece(self._handle, offset, size, self._place, holder=self)
+
+
+class Scratch(_Nameless):
+    """A file without a name, in which features wait: it grows as far as it has to, and goes with the last of them."""
+
+    def __init__(self, folder: Path | None):
+        super().__init__(folder)
         self._size = 0
         self._free = Stretches()
         self._gone: deque[tuple[int, int, list[Future[None]]]] = deque()  # pieces that may still be written to
@@ -113,11 +136,11 @@ class Scratch:
         """Have a tensor written.
 
         Raises:
-            OSError: the disk is full; found out here.
+            OSError: the disk is full.
         """
         size = _whole_pages(x.numel() * x.element_size())
         offset = self._taken(size)
-        piece = Piece(self._handle, offset, x.numel() * x.element_size(), self._place, holder=self)
+        piece = self.piece(offset, x.numel() * x.element_size())
         block_io().write(piece, _flat(x))
         filed = Filed(piece, x)
         weakref.finalize(filed, self._gone.append, (offset, size, piece.pending)).atexit = False
@@ -133,7 +156,7 @@ class Scratch:
         offset = self._free.take(size)
         if offset is None:
             offset, self._size = self._size, self._size + size
-            _reserve(self._handle, offset, size, self._place)
+            self.reserve(offset, size)
         return offset
 
 
@@ -157,21 +180,19 @@ class Filed:
         return _laid_out_like(block_io().read(self.piece, flat), self._like)
 
 
-class File:
+class File(_Nameless):
     """A file without a name, for rows, which goes with whoever holds it or a tensor that is mapped to it.
 
     It is mapped for those who want single rows, and written by calls: writing to mapped memory goes page by page
     through the system, several times as slow.
 
     Raises:
-        OSError: the disk is full; found out here, not by a signal when the memory is read.
+        OSError: the disk is full.
     """
 
     def __init__(self, size: int, folder: Path | None):
-        self._place = str(folder or tempfile.gettempdir())
-        self._handle = _nameless(folder)
-        weakref.finalize(self, os.close, self._handle)
-        _reserve(self._handle, 0, max(1, size), self._place)
+        super().__init__(folder)
+        self.reserve(0, max(1, size))
         self._pending: list[Piece] = []
 
     def mapped(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -181,10 +202,6 @@ class File:
         _MAPPED[flat.data_ptr()] = self
         weakref.finalize(mapping, _MAPPED.pop, flat.data_ptr(), None).atexit = False  # torch holds on to the mapping
         return flat
-
-    def piece(self, offset: int, size: int) -> Piece:
-        """A stretch of it, in bytes."""
-        return Piece(self._handle, offset, size, self._place, holder=self)
 
     def write(self, offset: int, values: Tensor) -> None:
         """Have values in one row written, at a number of bytes from its beginning."""
@@ -202,19 +219,6 @@ class File:
         """Fill a dense tensor on the host from a number of bytes on. Any thread may do so."""
         flat = out.as_strided((out.numel(),), (1,)).view(torch.uint8)
         read_at_once(self.piece(offset, flat.numel()), flat)
-
-
-def _nameless(folder: Path | None) -> int:
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
-    os.unlink(name)
-    return handle
-
-
-def _reserve(handle: int, offset: int, size: int, place: str) -> None:
-    try:
-        os.posix_fallocate(handle, offset, size)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, place) from error
 
 
 def _whole_pages(size: int) -> int:

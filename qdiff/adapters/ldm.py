@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, TransformerBlock
+from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, TransformerBlock, gated_gelu
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff import fused
 from qdiff.adapters import Adapter
@@ -166,7 +166,11 @@ def _finish_block(block: BaseQuantBlock, config: QuantConfig) -> None:
         block.add_quantizers(config.act, config.attention_map)
     if isinstance(block, QuantTransformerBlock):
         for gate in (module for module in block.modules() if isinstance(module, GEGLU)):
-            gate.gated = fused.gated_gelu
+            gate.gated = _gated
+
+
+def _gated(x: Tensor) -> Tensor:
+    return fused.gated_gelu(x) if fused.can_gate(x) else gated_gelu(x)
 
 
 def _inputs(unet: nn.Module) -> Iterator[str]:

@@ -127,7 +127,7 @@ def test_a_slow_disk_is_waited_for(io: BlockIO, monkeypatch: pytest.MonkeyPatch,
 def test_pinned_memory_is_given_back_when_all_is_written(io: BlockIO, tmp_path: Path) -> None:
     tensors, filed = stored(Scratch(tmp_path), 4)
     io.expect(x.piece for x in filed)
-    io.release()
+    io.close()
     assert all(x.piece.is_written for x in filed)
     assert not [name for name, value in vars(io).items() if "reading" in name or name == "_for_writing"]
     for x, there in zip(tensors, filed, strict=True):  # and taken again
