@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -482,6 +483,13 @@ class _Loop:
             learner.update(WORKERS.summed(gradients), k)
 
 
+def _mark(device: torch.device) -> torch.cuda.Event:
+    """A point in what the GPU was given to do."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class _Stage:
     """On a GPU: a few iterations as one CUDA graph, played again and again, and its fixed buffers.
 
@@ -502,7 +510,8 @@ class _Stage:
         if data.tail is not None:
             self.far = [fused.rows_view(x) for x in data.tail.room or (*data.tail.inputs, data.tail.target)]
             if data.tail.tail is not None:
-                self.reader = ReadAhead(data, loop.draws, mark=self._mark)
+                # Not a method of this object: each would keep the other, and the unit's rows, until garbage is collected.
+                self.reader = ReadAhead(data, loop.draws, mark=functools.partial(_mark, device))
                 self.drawn = self.reader.draws.to(device)
         self.shapes = [tuple(x.shape[1:]) for x in data.inputs]
         floating = _dtype(loop.config)
@@ -527,11 +536,6 @@ class _Stage:
         if self.reader is not None:
             torch.cuda.synchronize(self.loop.device)  # nothing reads the ring any more
             self.reader.close()
-
-    def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.loop.device))
-        return event
 
     @staticmethod
     def serves(data: UnitData, device: torch.device) -> bool:

@@ -8,8 +8,10 @@ import itertools
 import json
 import math
 import statistics
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from qdiff.capture import PairedCapture, UnitData, unit_data
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.graphs import holding_garbage
 from qdiff.learners import Schedule, rounding_schedule
 from qdiff.pinned import Arena
 from qdiff.places import RING_STRETCHES, STRETCH, Collector
@@ -27,6 +30,7 @@ from qdiff.quant_model import QuantModel, Unit
 from qdiff.quantizers import AdaRoundQuantizer
 from qdiff.reconstruction import (
     UnitReport,
+    _Stage,
     capturing,
     draw_batches,
     fixed_batch_loss,
@@ -647,6 +651,42 @@ def test_rows_of_a_file_are_read_ahead_of_the_graphs(phase: str, pinned: int, tm
     (near_loss, near_trace), (spread_loss, spread_trace) = results
     assert spread_loss == pytest.approx(near_loss, rel=1e-3)
     assert spread_trace == pytest.approx(near_trace, rel=1e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("phase", PHASES)
+def test_rows_of_a_file_are_gone_with_the_unit(phase: str, tmp_path: Path) -> None:
+    """Not only when garbage is collected: the next unit's rows need the room."""
+    qnn, unit, data = unit_and_data(BLOCK, act_quant=phase == "activations")
+    qnn.cuda()
+    data = in_three_places(data, tmp_path, 4)
+    near = weakref.ref(data.target)
+    with holding_garbage():
+        PHASES[phase][0](unit, data, changed(), seed=0)
+        del data
+        assert near() is None
+
+
+def test_what_reads_ahead_does_not_keep_the_stage_that_it_reads_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qdiff.reconstruction.side_stream", lambda *_, **__: None)
+    collectors = [Collector(9, 2, compact=False, pinned=3, ring=90, folder=tmp_path) for _ in range(2)]
+    for collector in collectors:
+        collector.add((torch.randn(9, 4),))
+    data = unit_data(*collectors)
+    learner = SimpleNamespace(schedule=SimpleNamespace(counter=torch.zeros(1)))
+    loop = SimpleNamespace(data=data, device=torch.device("cpu"), learner=learner, config=FAST, batch=3)
+    loop.draws = draw_batches(9, 3, 20, seed=0)
+    stage = _Stage(loop)
+    assert stage.reader is not None
+    stage.reader.need(1)
+    stage.reader.close()
+    gone = weakref.ref(stage)
+    with holding_garbage():
+        del stage
+        assert gone() is None
 
 
 @pytest.mark.gpu
