@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from qdiff.config import CalibrationConfig
+from qdiff.graphs import run_and_record
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import RangeObserver, TimedQuantizer, UniformAffineQuantizer
 
 RANGE_CHUNK = 256  # samples that pass through the network at once
+_WORTH_RECORDING = 8  # batches
 
 Hook = Callable[[UniformAffineQuantizer, tuple[Tensor, ...]], None]
 
@@ -185,16 +187,38 @@ def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: C
         if not isinstance(quantizer, TimedQuantizer) and (not config.rs_sm_only or path.endswith("act_quantizer_w"))
     ]
     handles = [quantizer.register_forward_pre_hook(_update_range) for quantizer in chosen]
-    device = next(qnn.parameters()).device
+    batches = [*zip(*(x.split(config.batch_size) for x in inputs), strict=True)]
     try:
         with qnn.quant_state(True, True):
-            for batch in zip(*(x.split(config.batch_size) for x in inputs), strict=True):
-                qnn(*(x.to(device) for x in batch))
+            _run_all(qnn, batches, next(qnn.parameters()).device, graphs=config.engine != "eager")
     finally:
         for handle in handles:
             handle.remove()
     for quantizer in chosen:
         quantizer.settle()
+
+
+def _run_all(qnn: QuantModel, batches: list[tuple[Tensor, ...]], device: torch.device, *, graphs: bool) -> None:
+    """Take the batches through the network, one after the other: on a GPU as replays of one CUDA graph.
+
+    With a range to be averaged before each of hundreds of roundings, a pass is some ten thousand small kernels, which
+    take longer to launch than to run.
+    """
+    graphs = graphs and device.type == "cuda" and len(batches) >= _WORTH_RECORDING
+    buffers: tuple[Tensor, ...] = ()
+    graph = None
+    for number, batch in enumerate(batches):
+        if graph is not None and len(batch[0]) == len(buffers[0]):
+            for buffer, x in zip(buffers, batch, strict=True):
+                buffer.copy_(x)
+            graph.replay()
+            continue
+        moved = tuple(x.to(device) for x in batch)
+        if graphs and number == 1:  # the first one is where averages start
+            buffers = moved
+            graph = run_and_record(lambda: qnn(*buffers), device)
+        else:
+            qnn(*moved)
 
 
 def _update_range(quantizer: UniformAffineQuantizer, args: tuple[Tensor, ...]) -> None:

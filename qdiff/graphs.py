@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,6 +21,24 @@ def side_stream(device: torch.device, purpose: str, *, first: bool = False) -> t
         first: what runs there is given a place before what runs elsewhere: little work that waits for long.
     """
     return torch.cuda.Stream(device, priority=-1 if first else 0)
+
+
+def run_and_record(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Do some work once, then record it: all that it needs is loaded by then.
+
+    Args:
+        work: free of traffic between device and host. Tensors that it makes and leaves lie in the graph's memory.
+    """
+    stream, graph = side_stream(device, "recording"), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # a recording cannot take what is held for others
+    with recording(graph, stream):
+        work()
+    return graph
 
 
 @contextlib.contextmanager

@@ -91,12 +91,13 @@ class UniformAffineQuantizer(nn.Module):
         Minimum and maximum are averaged separately, then turned into a min-max grid. Nothing is read back from a GPU
         meanwhile; :meth:`settle` when all was seen.
         """
-        lowest, highest = primitives.observed_range(x, self.config.channel_wise)
-        if self._range is not None:
-            old_lowest, old_highest = self._range
-            lowest = old_lowest * RANGE_MOMENTUM + lowest * (1 - RANGE_MOMENTUM)
-            highest = old_highest * RANGE_MOMENTUM + highest * (1 - RANGE_MOMENTUM)
-        self._range = (lowest, highest)
+        seen = primitives.observed_range(x, self.config.channel_wise)
+        if self._range is None:
+            self._range = (seen[0].clone(), seen[1].clone())
+        else:
+            for average, latest in zip(self._range, seen, strict=True):  # in place: a CUDA graph knows where they lie
+                average.mul_(RANGE_MOMENTUM).add_(latest * (1 - RANGE_MOMENTUM))
+        lowest, highest = self._range
         c = self.config
         self._take_over(
             *primitives.range_to_grid(lowest, highest, c.n_bits, symmetric=c.symmetric, always_zero=c.always_zero)
@@ -104,8 +105,9 @@ class UniformAffineQuantizer(nn.Module):
         self._mark_ready(read_back=False)
 
     def settle(self) -> None:
-        """Read a grid's bounds back, where they are plain numbers: with these it is used faster."""
-        self._mark_ready()
+        """Read a grid's bounds back, where they are plain numbers: with these it is used faster. The grid moves out of
+        the memory of whatever it was averaged in."""
+        self.set_grid(self.delta, self.zero_point)
 
     @torch.no_grad()
     def set_grid(self, delta: Tensor, zero_point: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.graphs import run_and_record
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import RangeObserver, TimedQuantizer, UniformAffineQuantizer
 
@@ -349,6 +351,24 @@ def test_running_ranges_are_read_back_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(torch.equal(a, b) for path in before for a, b in zip(before[path], after[path], strict=True))
     assert torch.equal(output(at_once, *inputs()), output(later, *inputs()))
     assert all(type(q._shifted[0]) is float for q in later.act_quantizers().values() if q.delta.dim() == 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_running_ranges_by_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight batches, of which the last is smaller; nothing stays in the graph's memory."""
+    found, config = [], CalibrationConfig(batch_size=2, running_stat=True)
+    for worth in (8, 9):
+        monkeypatch.setattr("qdiff.act_ranges._WORTH_RECORDING", worth)
+        recorded = mock.Mock(wraps=run_and_record)
+        monkeypatch.setattr("qdiff.act_ranges.run_and_record", recorded)
+        qnn = ranged(PLAIN).cuda()
+        update_running_ranges(qnn, inputs(), config)
+        assert recorded.called == (worth == 8)
+        torch.cuda.empty_cache()
+        found.append(grids(qnn))
+    for path, grid in found[0].items():
+        torch.testing.assert_close(grid, found[1][path], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("config", [INPUT, TIMED], ids=["input", "all"])
