@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from qdiff.config import CalibrationConfig
-from qdiff.graphs import run_and_record
+from qdiff.graphs import recorded
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -17,6 +18,8 @@ from qdiff.quantizers import RangeObserver, TimedQuantizer, UniformAffineQuantiz
 
 RANGE_CHUNK = 256  # samples that pass through the network at once
 _WORTH_RECORDING = 8  # batches
+
+log = logging.getLogger(__name__)
 
 Hook = Callable[[UniformAffineQuantizer, tuple[Tensor, ...]], None]
 
@@ -205,20 +208,23 @@ def _run_all(qnn: QuantModel, batches: list[tuple[Tensor, ...]], device: torch.d
     take longer to launch than to run.
     """
     graphs = graphs and device.type == "cuda" and len(batches) >= _WORTH_RECORDING
-    buffers: tuple[Tensor, ...] = ()
+    moved = (tuple(x.to(device) for x in batch) for batch in batches)
+    qnn(*next(moved))  # here averages start
     graph = None
-    for number, batch in enumerate(batches):
+    if graphs:
+        buffers = next(moved)
+        qnn(*buffers)
+        try:
+            graph = recorded(lambda: qnn(*buffers), device)
+        except torch.OutOfMemoryError:  # a recording cannot free what is held for others; what follows can
+            log.debug("no memory to record a pass that averages ranges; each is launched anew")
+    for batch in moved:
         if graph is not None and len(batch[0]) == len(buffers[0]):
             for buffer, x in zip(buffers, batch, strict=True):
                 buffer.copy_(x)
             graph.replay()
-            continue
-        moved = tuple(x.to(device) for x in batch)
-        if graphs and number == 1:  # the first one is where averages start
-            buffers = moved
-            graph = run_and_record(lambda: qnn(*buffers), device)
         else:
-            qnn(*moved)
+            qnn(*batch)
 
 
 def _update_range(quantizer: UniformAffineQuantizer, args: tuple[Tensor, ...]) -> None:

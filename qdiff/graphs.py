@@ -23,19 +23,19 @@ def side_stream(device: torch.device, purpose: str, *, first: bool = False) -> t
     return torch.cuda.Stream(device, priority=-1 if first else 0)
 
 
-def run_and_record(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Do some work once, then record it: all that it needs is loaded by then.
+def recorded(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph of some work that was done before: all that it needs is loaded by then.
 
     Args:
         work: free of traffic between device and host. Tensors that it makes and leaves lie in the graph's memory.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for what it takes, beside what is in use.
     """
     stream, graph = side_stream(device, "recording"), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()  # a recording cannot take what is held for others
+    torch.cuda.empty_cache()
+    stream.wait_stream(torch.cuda.current_stream(device))
     with recording(graph, stream):
         work()
     return graph

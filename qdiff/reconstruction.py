@@ -510,7 +510,7 @@ class _Stage:
         if data.tail is not None:
             self.far = [fused.rows_view(x) for x in data.tail.room or (*data.tail.inputs, data.tail.target)]
             if data.tail.tail is not None:
-                # Not a method of this object: each would keep the other, and the unit's rows, until garbage is collected.
+                # A method of this object would keep it, and the unit's rows with it, until garbage is collected.
                 self.reader = ReadAhead(data, loop.draws, mark=functools.partial(_mark, device))
                 self.drawn = self.reader.draws.to(device)
         self.shapes = [tuple(x.shape[1:]) for x in data.inputs]

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 from unittest import mock
 
 import torch
@@ -81,7 +81,7 @@ from qdiff.inference import InferenceConfig, prepare, tf32, why_not_compiled
 from qdiff.memory import MemoryBudget
 from qdiff.primitives import reconstruction_loss, search_grid
 from qdiff.quant_model import QuantModel, Unit, evaluating
-from qdiff.reconstruction import UnitReport, always_tuned, reconstruct_activations, reconstruct_weights
+from qdiff.reconstruction import Phase, UnitReport, always_tuned, reconstruct_activations, reconstruct_weights
 
 PROGRAM = "benchmark.py"
 CALIBRATION = importlib.import_module("qdiff.calibrate")  # the module; the package has a function of that name
@@ -97,6 +97,7 @@ FLAGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "church": ({"a_sym": False, "act_range": "mse"}, {"range_order": "first"}),
     "text": ({"split": True, "sm_abit": 16, "act_range": "mse"}, {"range_samples": 16, "running_stat": True}),
 }
+KEEP_EVERY = 10.0  # seconds between two writings of what a long benchmark knows so far
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest calibration, for the lines of `scaling`
 
 
@@ -138,6 +139,9 @@ def make_parser() -> argparse.ArgumentParser:
     own = add("calibration", benchmark_calibration, CIFAR, "A whole calibration, split into its parts.")
     add_calibration_arguments(own)
     own.add_argument("--units", type=at_least(1), metavar="K", help="learn K evenly spaced units, extrapolate the rest")
+    own.add_argument(
+        "--phase", choices=get_args(Phase), help="only this one; activations then on weights rounded to nearest [both]"
+    )
     own.add_argument("--profile", action="store_true", help="what iterations consist of; use few of them")
     own.add_argument(
         "--full_iters",
@@ -211,16 +215,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.device = resolve_device("cpu" if args.command == "cpu" else args.device)
     with exit_on_error(PROGRAM, verbose=args.verbose):
         result = args.run(args)
-        settings = {
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in vars(args).items()
-            if k not in ("run", "device", "verbose")
-        }
-        facts = {"benchmark": args.command, "environment": environment(args.device), "settings": settings}
-        path = args.json or Path(f"benchmark-{args.command}.json")
-        write_json(path, facts | result.facts)
-        print(f"\n{result.text()}\n\n{', '.join(f'{k} {v}' for k, v in facts['environment'].items())}; {path}")
+        path, surroundings = keep_facts(args, result.facts)
+        print(f"\n{result.text()}\n\n{', '.join(f'{k} {v}' for k, v in surroundings.items())}; {path}")
     return 0
+
+
+def keep_facts(args: Any, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Write what was found, with the settings and the environment. Returns where, and the environment."""
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "device", "verbose")
+    }
+    surroundings = environment(args.device)
+    path = args.json or Path(f"benchmark-{args.command}.json")
+    write_json(path, {"benchmark": args.command, "environment": surroundings, "settings": settings} | facts)
+    return path, surroundings
 
 
 # What is measured.
@@ -395,18 +403,34 @@ class Breakdown:
 
 def benchmark_calibration(args: Any) -> Result:
     started = time.perf_counter() - seconds_of_process()
+    kept_at = time.perf_counter()
+
+    def keep(parts: Breakdown) -> None:
+        """A long one that is stopped leaves what it has measured."""
+        nonlocal kept_at
+        if time.perf_counter() - kept_at > KEEP_EVERY:
+            keep_facts(args, calibration_facts(parts, args) | {"finished": False})
+            kept_at = time.perf_counter()
+
     with profiled(args) as profile:
         parts = run_calibration(
-            args, started=started, units=args.units, long_ones=bool(args.full_iters or args.full_iters_a)
+            args,
+            started=started,
+            units=args.units,
+            long_ones=bool(args.full_iters or args.full_iters_a),
+            only_phase=args.phase,
+            on_unit=keep,
         )
     wanted = {"weights": args.full_iters, "activations": args.full_iters_a}
-    whole = parts.extrapolated(wanted)
+    whole, facts = parts.extrapolated(wanted), calibration_facts(parts, args) | {"finished": True}
     lines = [[name, f"{getattr(whole, name):.1f}", f"{getattr(whole, name) / whole.total:.0%}"] for name in whole.PARTS]
     lines.append(["whole", f"{whole.total:.1f}", ""])
     rows = unit_rows(parts)
     notes = [
         markdown_table(["unit", "kind", "phase", "iterations", "ms an iteration", "peak GPU MiB"], [*map(list, rows)])
     ]
+    if args.phase:
+        notes.append(f"Only {args.phase} were learned.")
     if args.units:
         learned = len({r.name for r in parts.reports}) - len(parts.skipped)
         notes.append(
@@ -415,17 +439,7 @@ def benchmark_calibration(args: Any) -> Result:
         )
     if any(wanted.values()):
         notes.append(extrapolation_note(parts, args))
-    facts = {name: getattr(whole, name) for name in whole.PARTS} | {
-        "whole": whole.total,
-        "extrapolated": bool(args.units or any(wanted.values())),
-        "measured_s": parts.total,
-    }
-    facts["compiling"] = compile_seconds()
     notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
-    facts |= {"peak_gpu_bytes": parts.peak_gpu_bytes, "reserved_gpu_bytes": parts.reserved_gpu_bytes}
-    facts |= {"peak_host_bytes": max((r.peak_host_bytes for r in parts.reports), default=0)}
-    units = zip(parts.reports, parts.waits, strict=True)
-    facts |= {"units": [report_facts(r) | {"capture_seconds": wait} for r, wait in units], "plans": parts.plans}
     notes += parts.plans
     gpu, held, host = (facts[name] / 2**30 for name in ("peak_gpu_bytes", "reserved_gpu_bytes", "peak_host_bytes"))
     notes.append(
@@ -436,6 +450,24 @@ def benchmark_calibration(args: Any) -> Result:
         notes.append(profile_table(profile[0], parts))
         facts["kernels"] = profile[0]
     return Result(["part", "seconds", "share"], lines, facts, notes)
+
+
+def calibration_facts(parts: Breakdown, args: Any) -> dict[str, Any]:
+    """Everything that is known of a calibration, as plain values; in the middle of it, of its units so far."""
+    whole = parts.extrapolated({"weights": args.full_iters, "activations": args.full_iters_a})
+    units = zip(parts.reports, parts.waits, strict=True)
+    return {
+        **{name: getattr(whole, name) for name in whole.PARTS},
+        "whole": whole.total,
+        "extrapolated": bool(args.units or args.full_iters or args.full_iters_a),
+        "measured_s": parts.total,
+        "compiling": compile_seconds(),
+        "peak_gpu_bytes": max([parts.peak_gpu_bytes, *(r.peak_gpu_bytes for r in parts.reports)]),
+        "reserved_gpu_bytes": parts.reserved_gpu_bytes,
+        "peak_host_bytes": max((r.peak_host_bytes for r in parts.reports), default=0),
+        "units": [report_facts(r) | {"capture_seconds": wait} for r, wait in units],
+        "plans": parts.plans,
+    }
 
 
 def extrapolation_note(parts: Breakdown, args: Any) -> str:
@@ -467,6 +499,8 @@ def run_calibration(
     units: int | None = None,
     samples: int | None = None,
     long_ones: bool = False,
+    only_phase: Phase | None = None,
+    on_unit: Callable[[Breakdown], None] = lambda parts: None,
     **changes: Any,
 ) -> Breakdown:
     """One calibration as the sampling command does it, to a checkpoint in a temporary folder.
@@ -476,10 +510,13 @@ def run_calibration(
         units: learn only so many.
         samples: of each timestep, in place of ``args.cali_n``.
         long_ones: its few iterations stand for many: convolutions are chosen as for many.
+        only_phase: the one to go through; None: both. Activations then are learned on weights rounded to nearest.
+        on_unit: hears after each unit what is known so far.
         changes: fields of :class:`CalibrationConfig`.
     """
     device, network = args.device, network_of(args)
-    qnn = QuantModel.from_config(network.make(random=args.random_weights).to(device), network.quant)
+    quant = dataclasses.replace(network.quant, quant_act=only_phase != "weights")
+    qnn = QuantModel.from_config(network.make(random=args.random_weights).to(device), quant)
     data = calibration_set(args, network, samples or args.cali_n)
     options = calibration_config(args, **network.options, **changes)
     chosen = evenly([unit.path for unit in qnn.units()], units)
@@ -496,10 +533,14 @@ def run_calibration(
             bar.total = progress.total
             bar.set_description(progress.report.name, refresh=False)
             bar.update(progress.index + 1 - bar.n)
+            on_unit(parts)
 
         tuning = always_tuned() if long_ones else contextlib.nullcontext()
         with clock.timing_ranges(qnn), only(chosen), heard(parts.plans), tuning:
-            calibrate(qnn, data, options, on_unit=done, budget=budget)
+            if only_phase == "activations":
+                qnn.find_weight_grids()
+            weights_done = only_phase == "activations"
+            calibrate(qnn, data, options, on_unit=done, budget=budget, weights_done=weights_done)
     clock.finish()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.safetensors"

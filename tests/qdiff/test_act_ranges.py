@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from qdiff.act_ranges import find_act_ranges, range_rows, update_running_ranges
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import CalibrationSet
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.graphs import run_and_record
+from qdiff.graphs import recorded
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import RangeObserver, TimedQuantizer, UniformAffineQuantizer
 
@@ -355,16 +356,22 @@ def test_running_ranges_are_read_back_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_running_ranges_by_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [True, False])
+def test_running_ranges_by_a_graph(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
     """Eight batches, of which the last is smaller; nothing stays in the graph's memory."""
+
+    def no_room(work: Callable[[], object], device: torch.device) -> None:
+        recorded(work, device)
+        raise torch.OutOfMemoryError
+
     found, config = [], CalibrationConfig(batch_size=2, running_stat=True)
     for worth in (8, 9):
+        record = mock.Mock(wraps=recorded if room else no_room)
         monkeypatch.setattr("qdiff.act_ranges._WORTH_RECORDING", worth)
-        recorded = mock.Mock(wraps=run_and_record)
-        monkeypatch.setattr("qdiff.act_ranges.run_and_record", recorded)
+        monkeypatch.setattr("qdiff.act_ranges.recorded", record)
         qnn = ranged(PLAIN).cuda()
         update_running_ranges(qnn, inputs(), config)
-        assert recorded.called == (worth == 8)
+        assert record.called == (worth == 8)
         torch.cuda.empty_cache()
         found.append(grids(qnn))
     for path, grid in found[0].items():

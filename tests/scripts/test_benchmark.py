@@ -50,6 +50,37 @@ def test_calibration_is_divided_into_its_parts(run) -> None:
     assert "up.0.block.0" in said
 
 
+@pytest.mark.parametrize("phase", ["weights", "activations"])
+def test_one_phase_alone(run, phase: str) -> None:
+    figures, said = run("calibration", *QUICK, "--phase", phase)
+    other = {"weights": "activations", "activations": "weights"}[phase]
+    assert {unit["phase"] for unit in figures["units"]} == {phase}
+    assert figures[phase] > 0 == figures[other]
+    assert figures["ranges"] > 0
+    assert f"Only {phase} were learned." in said
+
+
+def test_what_is_stopped_leaves_what_it_has_measured(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(benchmark, "KEEP_EVERY", 0.0)
+    keep, kept = benchmark.keep_facts, []
+
+    def stop_later(*words: object) -> object:
+        kept.append(keep(*words))
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        return kept[-1]
+
+    monkeypatch.setattr(benchmark, "keep_facts", stop_later)
+    with pytest.raises(SystemExit):
+        run("calibration", *QUICK)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["units"]) == 3
+    assert figures["finished"] is False
+    assert figures["weights"] == pytest.approx(sum(unit["seconds"] for unit in figures["units"]))
+    monkeypatch.undo()
+    assert run("calibration", *QUICK)[0]["finished"]
+
+
 def test_a_sample_of_units_stands_for_all(run) -> None:
     whole, _ = run("calibration", *QUICK)
     figures, said = run("calibration", *QUICK, "--units", "3")
