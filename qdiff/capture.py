@@ -27,6 +27,7 @@ from qdiff.memory import (
     MemoryBudget,
     MemoryPlan,
     Storage,
+    bytes_set_aside,
     connection_origins,
     learning_bytes,
     measure,
@@ -137,6 +138,10 @@ class Frontier:
         device: where the network is; shelf: where features wait.
         kept: what waits before each stage; None: everything.
         files: where those wait that are kept in files.
+        starts: of a frontier of the same set, which share them.
+
+    Attributes:
+        starts: what enters the network, chunk by chunk. Timesteps and context stay there: no stage changes them.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class Frontier:
         shelf: Shelf,
         kept: Sequence[Kept] | None = None,
         files: Shelf | None = None,
+        starts: Sequence[Any] | None = None,
     ):
         self.unet, self.clock, self.device, self.shelf, self.kept = qnn.model, qnn.clock, device, shelf, kept
         self._files = files or shelf
@@ -157,13 +163,13 @@ class Frontier:
         self._chunk = chunk
         self._size: Sequence[int] = ()  # height and width of the feature map that entered a stage last
         self._chained_units = {stage.path: qnn.units_of(stage) for stage in self._stages if stage.chained}
-        parts = zip(*(x.split(chunk) for x in inputs), strict=True)
-        starts = (self.unet.begin(*(x.to(device) for x in part)) for part in parts)
-        if kept is None:
-            self._flows: list[Any] = [_once_each(start, shelf.keep) for start in starts]
-            return
-        self._starts = [_once_each(start, lambda x: shelf.rounded(x).cpu()) for start in starts]
-        self._flows = list(self._starts)
+        if starts is None:
+            # What is computed anew begins there too, and must not end with the features.
+            place = shelf.keep if kept is None else lambda x: shelf.rounded(x).cpu()
+            parts = zip(*(x.split(chunk) for x in inputs), strict=True)
+            starts = [_once_each(self.unet.begin(*(x.to(device) for x in part)), place) for part in parts]
+        self.starts = list(starts)
+        self._flows: list[Any] = list(starts)
 
     def waiting(self) -> Iterator[Tensor | Filed]:
         """Everything that waits, as often as it is waited for."""
@@ -173,14 +179,17 @@ class Frontier:
             seen.append(x)
             return x
 
-        for flow in self._flows:
+        for flow in (*self.starts, *self._flows):
             if flow is not None:
                 flow.map(note)
         return iter(seen)
 
     def replace(self, others: dict[int, Tensor]) -> None:
         """Let other tensors wait in the place of some, by ``id``."""
-        self._flows = [flow if flow is None else flow.map(lambda x: others.get(id(x), x)) for flow in self._flows]
+        self.starts, self._flows = (
+            [flow if flow is None else flow.map(lambda x: others.get(id(x), x)) for flow in flows]
+            for flows in (self.starts, self._flows)
+        )
 
     @property
     def flows(self) -> Iterator[Any]:
@@ -218,7 +227,7 @@ class Frontier:
 
     def _anew(self, index: int, number: int) -> Any:
         """A chunk before a stage, from the set."""
-        flow = self._starts[index]
+        flow = self.starts[index]
         for stage in self._stages[:number]:
             flow = _once_each(self._moved(flow, stage), self.shelf.rounded)
         return flow
@@ -309,7 +318,7 @@ class Frontier:
     def _waiting_or_first(self, start: int) -> Any:
         """The chunk that begins with a sample, wherever it is: for what no stage changes."""
         number = start // self._chunk
-        return self._flows[number] or self._starts[number]
+        return self._flows[number] or self.starts[number]
 
     def _moved(self, flow: Any, stage: Any) -> Any:
         """A chunk behind the stage, where it was computed."""
@@ -318,7 +327,7 @@ class Frontier:
         self._size = moved.h.shape[2:]
         with as_if_learning(), self._as_rows_between_units(stage):
             self.unet.advance(stage, moved)
-        return dataclasses.replace(moved, t=flow.t, context=flow.context)  # no stage changes them
+        return dataclasses.replace(moved, t=flow.t, context=flow.context)
 
     def _fetched(self, x: Tensor) -> Tensor:
         return unpacked(fetched(x, self.device))
@@ -340,8 +349,9 @@ class Frontier:
 
     def _stored(self, flow: Any) -> Any:
         """What shall wait of a chunk behind the next stage; None: nothing."""
+        there = {id(flow.t), id(flow.context)}  # in the starts
         if self.kept is None or self._number + 1 >= len(self.kept):
-            return _once_each(flow, self.shelf.keep)
+            return _once_each(flow, lambda x: x if id(x) in there else self.shelf.keep(x))
         kept = self.kept[self._number + 1]
         if not kept.trunk:
             return None
@@ -353,7 +363,10 @@ class Frontier:
         }
         trunk = self._files if kept.filed else self.shelf
         shelves[id(flow.h)] = trunk  # the newest connection may be the feature map itself
-        return _once_each(dataclasses.replace(flow, skips=skips), lambda x: shelves.get(id(x), trunk).keep(x))
+        return _once_each(
+            dataclasses.replace(flow, skips=skips),
+            lambda x: x if id(x) in there else shelves.get(id(x), trunk).keep(x),
+        )
 
 
 def _once_each(flow: Any, place: Callable[[Tensor], Tensor]) -> Any:
@@ -412,23 +425,29 @@ class PairedCapture:
             maps=act_quant or deterministic,
             passing_maps=deterministic,
             learning_bytes=learning_bytes(qnn, weights=not act_quant, variables_stay=not sets_rounding_aside(budget)),
+            aside_bytes=0 if act_quant else bytes_set_aside(qnn, budget),  # they are there in the second phase
             stage_seconds=lambda count: self._stage_seconds(tuple(x[:count] for x in inputs)),
         )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
         self._storage = Storage(self.memory)
         kept = zip(*self.memory.kept(), strict=True) if self.memory.features == "partly" else (None, None)
-        self._quantized, self._full = (
-            Frontier(
-                qnn,
-                inputs,
-                chunk=self.memory.chunk,
-                device=self.device,
-                shelf=self._storage.shelf(),
-                kept=network,
-                files=self._storage.files(),
+        starts: Sequence[Any] | None = None
+        frontiers: list[Frontier] = []
+        for network in kept:
+            frontiers.append(
+                Frontier(
+                    qnn,
+                    inputs,
+                    chunk=self.memory.chunk,
+                    device=self.device,
+                    shelf=self._storage.shelf(),
+                    kept=network,
+                    files=self._storage.files(),
+                    starts=starts,
+                )
             )
-            for network in kept
-        )
+            starts = frontiers[0].starts
+        self._quantized, self._full = frontiers
         self._full_is_ahead = False
         self._reached: dict[str, Collector] = {}  # inputs that were collected on the way
         self._last: tuple[Unit, Collector, Collector] | None = None  # a unit's inputs and targets that can be handed on

@@ -115,7 +115,7 @@ class Boundary:
     """What waits before one stage of a network, in bytes a sample.
 
     Attributes:
-        trunk: the feature map, and what goes along with it.
+        trunk: the feature map, and the embedding that goes along with it.
         skips: each open U connection, the oldest first; one that is the feature map itself takes nothing more.
         units: paths of the units in the stage.
         origin: of the connection that the stage joins: the number of the first stage before which it waits.
@@ -140,6 +140,7 @@ class Sizes:
         widest: of any module, what goes in and comes out, in float32.
         attention_map: of the largest one, of all heads, in float32; heads: how many these are.
         passing_map: of the largest one that is a tensor while data are captured with quantized activations.
+        start: of what enters the network, its timestep and context included: there once, for both networks.
     """
 
     features: int
@@ -149,6 +150,7 @@ class Sizes:
     attention_map: int = 0
     heads: int = 1
     passing_map: int = 0
+    start: int = 0
 
 
 @torch.no_grad()
@@ -184,10 +186,11 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
     origins = connection_origins(qnn.model.stages())
     try:
         flow = qnn.model.begin(*sample)
+        start = sum(size(x) for x in (flow.h, flow.t, flow.context) if x is not None)
         with qnn.quant_state(False, False):
             for number, stage in enumerate(qnn.model.stages()):
                 skips = tuple(0 if skip is None or skip is flow.h else size(skip) for skip in flow.skips)
-                trunk = sum(size(x) for x in (flow.h, flow.t, flow.temb, flow.context) if x is not None)
+                trunk = size(flow.h) + (0 if flow.temb is None else size(flow.temb))
                 paths = tuple(unit.path for unit in qnn.units_of(stage))
                 boundaries.append(Boundary(trunk, skips, paths, origins[number], stage.chained))
                 qnn.model.advance(stage, flow)
@@ -197,7 +200,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         for handle in handles:
             handle.remove()
     features = max(boundary.trunk + sum(boundary.skips) for boundary in boundaries)
-    return Sizes(features, units, tuple(boundaries), max(widths), *max(maps), max(passing_maps))
+    return Sizes(features, units, tuple(boundaries), max(widths), *max(maps), max(passing_maps), start)
 
 
 def learning_bytes(qnn: QuantModel, *, weights: bool, variables_stay: bool = True) -> int:
@@ -212,6 +215,13 @@ def learning_bytes(qnn: QuantModel, *, weights: bool, variables_stay: bool = Tru
         return 0
     sizes = [sum(layer.weight.numel() for layer in unit.layers()) for unit in qnn.units()]
     return 4 * ((1 + variables_stay) * sum(sizes) + 6 * max(sizes))
+
+
+def bytes_set_aside(qnn: QuantModel, budget: MemoryBudget | None) -> int:
+    """What the rounding variables of finished units take on the host, see :func:`sets_rounding_aside`."""
+    if not sets_rounding_aside(budget):
+        return 0
+    return 4 * sum(layer.weight.numel() for unit in qnn.units() for layer in unit.layers())
 
 
 def connection_origins(stages: Sequence[Any]) -> list[int | None]:
@@ -313,6 +323,7 @@ class MemoryPlan:
         maps: bool = False,
         passing_maps: bool = True,
         learning_bytes: int = 0,
+        aside_bytes: int = 0,
         stage_seconds: Callable[[int], Sequence[float]] = lambda chunk: (_LONG,),
     ) -> MemoryPlan:
         """Fit a calibration into a budget.
@@ -321,7 +332,7 @@ class MemoryPlan:
             batch: samples that are learned from at once.
             maps: attention maps are tensors of their own. Fused attention makes none.
             passing_maps: so they are where they need not be rounded, while data are captured.
-            learning_bytes: what the learned state of units will take on the device.
+            learning_bytes: what the learned state of units will take on the device; aside_bytes: in host memory.
             stage_seconds: how long so many samples take through each stage; asked only where it decides.
 
         Raises:
@@ -330,8 +341,9 @@ class MemoryPlan:
         """
         budget = budget or MemoryBudget()
         on_gpu = device.type == "cuda"
-        features, largest = 2 * rows * sizes.features, max(sizes.units.values())
-        host = _host_room(budget, STAGING_BYTES if on_gpu else 0)
+        start = rows * sizes.start if on_gpu else 0  # elsewhere it is the set itself
+        features, largest = 2 * rows * sizes.features + start, max(sizes.units.values())
+        host = max(0, _host_room(budget, STAGING_BYTES if on_gpu else 0) - aside_bytes)
         gpu = 0
         if on_gpu:
             learned = sizes.attention_map if maps else 0
@@ -365,6 +377,7 @@ class MemoryPlan:
             return whole
         if not on_gpu and features + unit <= host // 2:
             return whole
+        host = max(0, host - start)
         partly = plan("partly", max(0, gpu - chunk * sizes.features * (2 if compact else 1)), host)
         return partly._with_files(stage_seconds)
 

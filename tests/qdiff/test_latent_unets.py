@@ -18,12 +18,12 @@ from qdiff import attention, primitives
 from qdiff.act_ranges import find_act_ranges, update_running_ranges
 from qdiff.calibrate import _unit_data, calibrate
 from qdiff.calibration_data import CalibrationSet
-from qdiff.capture import PairedCapture, UnitData
+from qdiff.capture import Frontier, PairedCapture, UnitData
 from qdiff.checkpoint import load_quantized, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.inference import lower_precision
-from qdiff.memory import MemoryBudget, MemoryPlan, measure
-from qdiff.places import Collector
+from qdiff.memory import Kept, MemoryBudget, MemoryPlan, measure
+from qdiff.places import Collector, Scratch, Shelf
 from qdiff.progress import source_hashes
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QUANTIZABLE, SplitQuantModule
@@ -609,3 +609,25 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients() -> N
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
     assert saving_bytes < plain_bytes / 4
+
+
+# What is captured.
+
+
+@pytest.mark.parametrize("filed", [True, False])
+def test_timesteps_and_context_are_there_once(filed: bool, tmp_path: Path) -> None:
+    """For both networks, whatever else waits where: a context of text takes more than the features of deep stages."""
+    qnn, inputs = with_grids("transformer"), latent_inputs("transformer", 4)
+    sizes = measure(qnn, tuple(x[:1] for x in inputs), compact=False)
+    kept = [Kept(number % 2 == 1, (False,) * len(b.skips), filed) for number, b in enumerate(sizes.boundaries)]
+    options = {"chunk": 2, "device": torch.device("cpu"), "shelf": Shelf("partly", compact=False), "kept": kept}
+    files = Shelf("partly", compact=False, scratch=Scratch(tmp_path))
+    first = Frontier(qnn, inputs, files=files, **options)
+    second = Frontier(qnn, inputs, files=files, starts=first.starts, **options)
+    for stage in qnn.model.stages():
+        for frontier in (first, second):
+            frontier.advance(stage)
+            for flow, start in zip(frontier._flows, first.starts, strict=True):
+                assert flow is None or (flow.t is start.t and flow.context is start.context)
+    assert sizes.start == sum(4 * x[0].numel() for x in inputs)
+    assert sizes.boundaries[0].trunk == 4 * inputs[0][0].numel()

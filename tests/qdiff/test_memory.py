@@ -43,7 +43,8 @@ ROWS = 50
 
 
 def plan(budget: MemoryBudget, device: torch.device = CPU, **options: object) -> MemoryPlan:
-    return MemoryPlan.make(SIZES, ROWS, budget, device, **({"chunk": 10, "compact": False} | options))
+    sizes = options.pop("sizes", SIZES)
+    return MemoryPlan.make(sizes, ROWS, budget, device, **({"chunk": 10, "compact": False} | options))
 
 
 @pytest.fixture
@@ -170,6 +171,25 @@ def route_plan(host_bytes: float, far: int = 4) -> MemoryPlan:
         compact=False,
         on_gpu=True,
     )
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_waits_beside_the_features_has_its_room() -> None:
+    """The set as it starts, and the rounding variables of finished units; on a CPU both are there anyway."""
+    budget, sizes = MemoryBudget(gpu_bytes=27_000, host_bytes=10**6), dataclasses.replace(SIZES, start=70)
+    assert plan(budget, CUDA).host_bytes == 10**6
+    assert plan(budget, CUDA, aside_bytes=30).host_bytes == 10**6 - 30
+    assert plan(budget, CUDA, sizes=sizes).feature_bytes == 100_000 + 70 * ROWS
+    assert plan(budget, CPU, sizes=sizes).feature_bytes == 100_000
+    tight = plan(dataclasses.replace(budget, host_bytes=50_000), CUDA, sizes=sizes)
+    assert (tight.features, tight.host_bytes) == ("partly", 50_000 - 70 * ROWS)
+
+
+def test_rounding_variables_wait_on_the_host_where_the_gpu_has_a_limit() -> None:
+    qnn = with_grids()
+    weights = sum(layer.weight.numel() for unit in qnn.units() for layer in unit.layers())
+    assert memory.bytes_set_aside(qnn, MemoryBudget(gpu_bytes=1)) == 4 * weights
+    assert memory.bytes_set_aside(qnn, MemoryBudget(host_bytes=1)) == memory.bytes_set_aside(qnn, None) == 0
 
 
 def test_with_room_for_everything_everything_is_kept() -> None:
