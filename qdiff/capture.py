@@ -115,7 +115,7 @@ def _pick(parts: Sequence[Tensor], index: Tensor, device: torch.device, direct: 
 def _leaving(units: list[Unit], collectors: dict[str, Collector]) -> Iterator[None]:
     """Inside the ``with`` block whatever leaves a unit is collected."""
     handles = [
-        unit.module.register_forward_hook(lambda m, args, out, path=unit.path: collectors[path].add((out,)))
+        unit.entry.register_forward_hook(lambda m, args, out, path=unit.path: collectors[path].add((out,)))
         for unit in units
     ]
     try:
@@ -283,10 +283,8 @@ class Frontier:
         def stop_behind(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             stop(module, (out,))
 
-        if behind:
-            handle = unit.module.register_forward_hook(stop_behind)
-        else:
-            handle = unit.module.register_forward_pre_hook(stop)
+        entry = unit.entry
+        handle = entry.register_forward_hook(stop_behind) if behind else entry.register_forward_pre_hook(stop)
         try:
             self._moved(flow, unit.stage)
         except _Reached:
@@ -340,7 +338,7 @@ class Frontier:
             return tuple(map(self._as_in_rows, args))
 
         units = self._chained_units.get(stage.path, [])
-        handles = [unit.module.register_forward_pre_hook(replaced) for unit in units]
+        handles = [unit.entry.register_forward_pre_hook(replaced) for unit in units]
         try:
             yield
         finally:
@@ -563,11 +561,11 @@ class PairedCapture:
 
         def given(start: int, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             self._quantized.set_clock(start)
-            return self._quantized.handed_on(before, start, before.module(*arguments))
+            return self._quantized.handed_on(before, start, before.entry(*arguments))
 
         def wanted(start: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (out,) = outputs
-            return (unit.module(*self._full.handed_on(before, start, out)),)
+            return (unit.entry(*self._full.handed_on(before, start, out)),)
 
         with as_if_learning():
             with self.qnn.quant_state(True, self.act_quant):

@@ -135,12 +135,13 @@ class Sizes:
 
     Attributes:
         features: of one network's features between two stages, at their largest.
-        units: of each unit's inputs and output, by path; in a chained stage those of its largest one.
+        units: of each unit's inputs and output as they wait, by path; in a chained stage those of its largest one.
         boundaries: one before each stage.
         widest: of any module, what goes in and comes out, in float32.
         attention_map: of the largest one, of all heads, in float32; heads: how many these are.
         passing_map: of the largest one that is a tensor while data are captured with quantized activations.
         start: of what enters the network, its timestep and context included: there once, for both networks.
+        computed: of any unit's module, what goes in and comes out, in float32.
     """
 
     features: int
@@ -151,6 +152,7 @@ class Sizes:
     heads: int = 1
     passing_map: int = 0
     start: int = 0
+    computed: int = 0
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         return x.numel() * (2 if compact and compactable(x) else x.element_size())
 
     units: dict[str, int] = {}
-    maps, passing_maps, widths = [(0, 1)], [0], [0]
+    maps, passing_maps, widths, computed = [(0, 1)], [0], [0], [0]
 
     def attended(block: BaseQuantBlock, args: tuple[Tensor, ...]) -> None:
         size = 4 * block.attention_map_values(*args)
@@ -178,7 +180,11 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
 
         return record
 
-    handles = [unit.module.register_forward_hook(seen(unit.path)) for unit in qnn.units()]
+    def computed_with(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        computed.append(sum(4 * x.numel() for x in (*args, output)))
+
+    handles = [unit.entry.register_forward_hook(seen(unit.path)) for unit in qnn.units()]
+    handles += [unit.module.register_forward_hook(computed_with) for unit in qnn.units()]
     blocks = [module for module in qnn.modules() if isinstance(module, BaseQuantBlock)]
     handles += [block.register_forward_pre_hook(attended) for block in blocks]
     handles += [module.register_forward_hook(passed) for unit in qnn.units() for module in unit.module.modules()]
@@ -200,7 +206,7 @@ def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Si
         for handle in handles:
             handle.remove()
     features = max(boundary.trunk + sum(boundary.skips) for boundary in boundaries)
-    return Sizes(features, units, tuple(boundaries), max(widths), *max(maps), max(passing_maps), start)
+    return Sizes(features, units, tuple(boundaries), max(widths), *max(maps), max(passing_maps), start, max(computed))
 
 
 def learning_bytes(qnn: QuantModel, *, weights: bool, variables_stay: bool = True) -> int:
@@ -348,7 +354,7 @@ class MemoryPlan:
         if on_gpu:
             learned = sizes.attention_map if maps else 0
             passing = learned if passing_maps else min(learned, sizes.passing_map)
-            unit_bytes = largest * (2 if compact else 1)
+            unit_bytes = max(sizes.computed, largest * (2 if compact else 1))
             work = _Work(unit_bytes, sizes.widest, learned, passing, sizes.heads, batch, learning_bytes)
             gpu, chunk = _gpu_room(budget, device, work, min(chunk, rows))
         chunk = min(chunk, rows)

@@ -27,12 +27,21 @@ class Unit:
         path: of the module in the UNet, as in checkpoints but for the leading ``model.``.
         stage: the step of the UNet's forward pass in which it runs.
         clock: the network's. Who runs the unit alone sets it to the timesteps of the batch: ``unit.clock.set(t)``.
+        upsampler: what enlarges a feature map and ends in the module, a single layer then.
     """
 
     path: str
     module: QuantModule | BaseQuantBlock
     stage: Stage
     clock: Clock = field(default_factory=Clock)
+    upsampler: nn.Module | None = None
+
+    @property
+    def entry(self) -> nn.Module:
+        """What is run to reconstruct the unit, and where its inputs are collected: before they are enlarged they take a
+        quarter.
+        """
+        return self.module if self.upsampler is None else self.upsampler
 
     @property
     def kind(self) -> str:
@@ -211,7 +220,18 @@ class QuantModel(nn.Module):
 
     def units_of(self, stage: Stage) -> list[Unit]:
         """The units that run within one stage of the forward pass."""
-        return list(_units_below(stage.path, self.model.get_submodule(stage.path), stage, self.clock))
+        return list(self._units_below(stage.path, self.model.get_submodule(stage.path), stage))
+
+    def _units_below(self, path: str, module: nn.Module, stage: Stage) -> Iterator[Unit]:
+        if isinstance(module, QuantModule | BaseQuantBlock):
+            yield Unit(path, module, stage, self.clock)
+            return
+        name = self.adapter.upsamplers.get(type(module), "")
+        if isinstance(layer := getattr(module, name, None), QuantModule):
+            yield Unit(f"{path}.{name}", layer, stage, self.clock, upsampler=module)
+            return
+        for name, child in module.named_children():
+            yield from self._units_below(f"{path}.{name}", child, stage)
 
     # Switching quantization.
 
@@ -270,14 +290,6 @@ class QuantModel(nn.Module):
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
-
-
-def _units_below(path: str, module: nn.Module, stage: Stage, clock: Clock) -> Iterator[Unit]:
-    if isinstance(module, QuantModule | BaseQuantBlock):
-        yield Unit(path, module, stage, clock)
-        return
-    for name, child in module.named_children():
-        yield from _units_below(f"{path}.{name}", child, stage, clock)
 
 
 @contextlib.contextmanager

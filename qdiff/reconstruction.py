@@ -126,7 +126,7 @@ def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *
     """
     started = _start(unit)
     layers = unit.layers()
-    with evaluating(unit.module), frozen_parameters(unit.module):
+    with evaluating(unit.entry), frozen_parameters(unit.module):
         unit.module.set_quant_state(True, False)
         for layer in layers:
             layer.unbake()
@@ -155,7 +155,7 @@ def reconstruct_activations(unit: Unit, data: UnitData, config: CalibrationConfi
     Softmax maps in 16 bits keep theirs (:meth:`Unit.learnable_act_quantizers`).
     """
     started = _start(unit)
-    with evaluating(unit.module), frozen_parameters(unit.module):
+    with evaluating(unit.entry), frozen_parameters(unit.module):
         unit.module.set_quant_state(True, True)
         before = fixed_batch_loss(unit, data, p=config.p, batch_size=config.batch_size)
 
@@ -266,7 +266,7 @@ def fixed_batch_loss(unit: Unit, data: UnitData, *, p: float, batch_size: int = 
     for part in index.split(batch_size):
         inputs, target = data.rows(part, device_of(unit))
         set_clock(unit, data, part)
-        losses.append(reconstruction_loss(unit.module(*inputs), target, p) * (len(part) / len(index)))
+        losses.append(reconstruction_loss(unit.entry(*inputs), target, p) * (len(part) / len(index)))
     return torch.stack(losses).sum().item()
 
 
@@ -397,7 +397,7 @@ class _Loop:
         seed: int,
         reference: float,
     ):
-        self.unit, self.module, self.data, self.learner = unit, unit.module, data, learner
+        self.unit, self.module, self.data, self.learner = unit, unit.entry, data, learner
         self.config, self.p = config, p
         self.device = device_of(unit)
         self.iterations, self.reference = iterations, reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -36,6 +36,7 @@ class Adapter:
             inside blocks too.
         inputs: yields the paths of the layers that see the noisy image itself, and nothing else.
         time_embedding: paths of the modules that embed the timestep, which compute in float32 at any precision.
+        upsamplers: class of a module that enlarges a feature map -> the name of the layer in it that comes after.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Adapter:
     finish_block: Callable[[BaseQuantBlock, QuantConfig], None]
     inputs: Callable[[nn.Module], Iterator[str]]
     time_embedding: tuple[str, ...] = ()
+    upsamplers: Mapping[type[nn.Module], str] = field(default_factory=dict)
 
 
 def find_adapter(unet: nn.Module) -> Adapter:

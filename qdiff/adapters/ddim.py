@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ddim.unet import AttnBlock, ResnetBlock
+from ddim.unet import AttnBlock, ResnetBlock, Upsample
 from qdiff import fused
 from qdiff.adapters import Adapter
 from qdiff.config import QuantConfig, QuantizerConfig
@@ -84,4 +84,5 @@ ADAPTER = Adapter(
     finish_block=_finish_block,
     inputs=_inputs,
     time_embedding=("temb",),
+    upsamplers={Upsample: "conv"},
 )

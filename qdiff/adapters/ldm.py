@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, TransformerBlock, gated_gelu
-from ldm.modules.diffusionmodules.openaimodel import ResBlock
+from ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from qdiff import fused
 from qdiff.adapters import Adapter
 from qdiff.attention import attention, by_heads, rounds_map
@@ -189,4 +189,5 @@ ADAPTER = Adapter(
     finish_block=_finish_block,
     inputs=_inputs,
     time_embedding=("time_embed",),
+    upsamplers={Upsample: "conv"},
 )

@@ -34,7 +34,7 @@ def observed(qnn: QuantModel, inputs: tuple[Tensor, ...], chunk: int, weight: bo
     def watch(path: str):
         return lambda module, args, output: seen.setdefault(path, []).append((args, output.clone()))
 
-    handles = [unit.module.register_forward_hook(watch(unit.path)) for unit in qnn.units()]
+    handles = [unit.entry.register_forward_hook(watch(unit.path)) for unit in qnn.units()]
     with torch.no_grad(), qnn.quant_state(weight, act):
         for part in zip(*(x.split(chunk) for x in inputs), strict=True):
             qnn(*part)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.capture import PairedCapture, UnitData, unit_data
@@ -597,6 +598,29 @@ def test_a_hundred_times_the_loss_before_is_too_much(
     assert report.outcome == ("kept" if diverges else "learned")
     assert report.note.count("the loss grew to") == (2 if diverges else 0)
     assert report.loop_seconds < report.seconds
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_enlarged_waits_as_it_was_before(phase: str) -> None:
+    """An upsampling's inputs take a quarter of the convolution's, and teach it the same, to the bit."""
+    results = []
+    for enlarged in (False, True):
+        _, unit, data = unit_and_data("up.1.upsample.conv", act_quant=phase == "activations")
+        (x,) = data.inputs
+        assert x[0].numel() * 4 == data.target[0].numel()
+        assert unit.entry is not unit.module
+        if enlarged:
+            unit = dataclasses.replace(unit, upsampler=None)
+            data = UnitData((F.interpolate(x, scale_factor=2.0, mode="nearest"),), data.target)
+        report = PHASES[phase][0](unit, data, changed(), seed=0)
+        assert report.outcome == "learned"
+        results.append((report.loss_after, PHASES[phase][1](unit)))
+    (small_loss, small), (large_loss, large) = results
+    assert small_loss == large_loss
+    if phase == "weights":
+        assert all(torch.equal(alpha, large[name]) for name, alpha in small.items())
+    else:
+        assert small == large
 
 
 # On a GPU every iteration is the replay of a CUDA graph.
