@@ -48,6 +48,7 @@ _LOADED_LATER = 3 * 2**28  # of host memory: libraries and kernels that a calibr
 _ARENA_SLACK = 1.08
 _MAPPED_AT_ONCE = 20 * 2**20  # bytes of a page of GPU memory where it is mapped page by page
 _PROBE_BYTES, _PROBE_SECONDS = 2**30, 1.0
+_CACHE_SHARE = 0.3  # of what is free beside the budget: what files may take to be still in the system's memory
 _LONG = 1e9  # seconds
 
 log = logging.getLogger(__name__)
@@ -279,6 +280,16 @@ class FileRate(NamedTuple):
         return size / self.written + times_read * size / self.read
 
 
+class FileRates(NamedTuple):
+    """How fast files are that the system writes to the disk and reads from it, and those that fit into its memory.
+
+    It writes these too, in its own time: what is written over while it waits is written once.
+    """
+
+    disk: FileRate
+    cached: FileRate
+
+
 _UNKNOWN_RATE = FileRate(1e9, 1e9)
 _Where = Literal["host", "file", "nowhere"]
 
@@ -294,8 +305,8 @@ class MemoryPlan:
         host_bytes: for both.
         batch: samples that are learned from at once.
         pass_seconds: how long the whole set takes through the network; shares: of each stage in that, none where all
-            are taken to cost the same; file_room: bytes for files; file_rate: how fast these are. Of plans that compute
-            a part of the features anew.
+            are taken to cost the same; file_room: bytes for files; file_rate: how fast these are; cached: the system
+            has memory for all of them. Of plans that compute a part of the features anew.
     """
 
     rows: int
@@ -314,6 +325,7 @@ class MemoryPlan:
     shares: tuple[float, ...] = ()
     file_room: int = 0
     file_rate: FileRate = _UNKNOWN_RATE
+    cached: bool = False
 
     @classmethod
     def make(
@@ -401,14 +413,21 @@ class MemoryPlan:
                 f"for {room / GIB:.1f}; free some there, raise --cali_host_gb or --cali_gpu_gb, or lower --cali_n"
             )
         each = stage_seconds(self.chunk)
-        return dataclasses.replace(
+        # Where there is no room for the probe, no file to speak of has room either.
+        rates = file_rates(folder) if room >= _PROBE_BYTES else FileRates(_UNKNOWN_RATE, _UNKNOWN_RATE)
+        on_disk = dataclasses.replace(
             self,
             pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),
             shares=tuple(x / sum(each) for x in each) if len(each) == len(self.sizes.boundaries) else (),
             file_room=room,
-            # Where there is no room for the probe, no file to speak of has room either.
-            file_rate=file_rate(folder) if room >= _PROBE_BYTES else _UNKNOWN_RATE,
+            file_rate=rates.disk,
         )
+        budgeted = max(0, self.host_bytes - self.budget.pool.size)
+        cache = min(room, int(_CACHE_SHARE * max(0, free_host_bytes() - budgeted)))
+        if self.file_bytes > cache:
+            return on_disk
+        in_cache = dataclasses.replace(on_disk, file_room=cache, file_rate=rates.cached, cached=True)
+        return min(on_disk, in_cache, key=MemoryPlan.feature_seconds)
 
     def __str__(self) -> str:
         where = {
@@ -427,7 +446,8 @@ class MemoryPlan:
             if filed:
                 parts.append(f"{filed} of {len(near)} units partly in files")
         if self.file_bytes:
-            parts.append(f"files take up to {self.file_bytes / GIB:.2f} GiB")
+            where = ", for which the system has memory" if self.cached else ""
+            parts.append(f"files take up to {self.file_bytes / GIB:.2f} GiB{where}")
         parts.append(f"the largest unit's take {largest:.2f} GiB")
         return "; ".join(parts)
 
@@ -852,25 +872,31 @@ def free_file_bytes(folder: Path | None) -> int:
     return int(FILE_SHARE * shutil.disk_usage(_folder_of_files(folder)).free)
 
 
-def file_rate(folder: Path | None) -> FileRate:
-    """How fast a disk is: a file is waited for, and read when the system does not hold it any more."""
+def file_rates(folder: Path | None) -> FileRates:
+    """How fast files are. For the disk's rate one is waited for, and read when the system does not hold it any more."""
     scratch, part = Scratch(folder), torch.empty(1, 2**26, dtype=torch.uint8).random_()
     started = time.perf_counter()
     pieces: list[Piece] = []
     while sum(piece.size for piece in pieces) < _PROBE_BYTES and time.perf_counter() < started + _PROBE_SECONDS:
         pieces.append(scratch.store(part).piece)
+    size = sum(piece.size for piece in pieces)
+
+    def reading() -> float:
+        began = time.perf_counter()
+        for piece in pieces:
+            block_io().read(piece, part.view(-1))
+        return size / (time.perf_counter() - began)
+
     for piece in pieces:
         piece.written()
+    handed_over = time.perf_counter()
+    from_memory = reading()
+    waited = time.perf_counter()
     os.fsync(pieces[0].handle)
-    written = time.perf_counter()
+    on_disk = time.perf_counter() - waited + handed_over - started
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(pieces[0].handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    again = time.perf_counter()
-    for piece in pieces:
-        block_io().read(piece, part.view(-1))
-    read = time.perf_counter()
-    size = sum(piece.size for piece in pieces)
-    return FileRate(size / (written - started), size / (read - again))
+    return FileRates(FileRate(size / on_disk, reading()), FileRate(size / (handed_over - started), from_memory))
 
 
 def _folder_of_files(folder: Path | None) -> Path:

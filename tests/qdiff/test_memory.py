@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
+import math
 import mmap
 import os
 import re
@@ -23,6 +24,7 @@ from qdiff.memory import (
     Boundary,
     BudgetError,
     FileRate,
+    FileRates,
     Kept,
     MemoryBudget,
     MemoryPlan,
@@ -45,6 +47,11 @@ ROWS = 50
 def plan(budget: MemoryBudget, device: torch.device = CPU, **options: object) -> MemoryPlan:
     sizes = options.pop("sizes", SIZES)
     return MemoryPlan.make(sizes, ROWS, budget, device, **({"chunk": 10, "compact": False} | options))
+
+
+def alike(rate: float) -> FileRates:
+    """Of files that lie on the disk and in memory."""
+    return FileRates(FileRate(rate, rate), FileRate(rate, rate))
 
 
 @pytest.fixture
@@ -264,6 +271,32 @@ def test_files_and_computing_anew_go_on_side_by_side() -> None:
     assert [quantized.filed + full.filed for quantized, full in quick.kept()] == [0, 2, 2, 2]
     assert quick.passes() == 0
     assert quick.feature_seconds() == 4 * 20
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("free", "cached"),
+    [
+        (10**9, True),  # the system has memory for more than there is
+        (100, False),  # for too little to be worth it
+        (0, False),
+    ],
+)
+def test_files_for_which_the_system_has_memory_are_quick(
+    free: int, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = MemoryBudget(gpu_bytes=12_000, host_bytes=1000)
+    monkeypatch.setattr(memory, "free_file_bytes", lambda folder: 10**10)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1000 + math.ceil(free / memory._CACHE_SHARE))
+    slow, quick = FileRate(200.0, 200.0), FileRate(1e5, 1e5)
+    monkeypatch.setattr(memory, "file_rates", lambda folder: FileRates(slow, quick))
+    sizes = Sizes(53, {"unit": 100}, ROUTE)
+    made = plan(budget, CUDA, sizes=sizes, stage_seconds=lambda count: [1.0] * len(ROUTE))
+    assert made.features == "partly"
+    assert made.cached is cached
+    assert made.file_rate == (quick if cached else slow)
+    assert made.file_bytes <= (free if cached else 10**10)
+    assert ("for which the system has memory" in str(made)) is cached
 
 
 def test_rows_for_which_there_is_no_room_lie_in_a_file() -> None:
@@ -684,7 +717,7 @@ def test_what_lies_in_files_is_not_the_processs_memory(tmp_path: Path) -> None:
 def test_a_full_disk_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that needs no file is made all the same."""
     asked = []
-    monkeypatch.setattr(memory, "file_rate", lambda folder: asked.append(folder) or FileRate(1e9, 1e9))
+    monkeypatch.setattr(memory, "file_rates", lambda folder: asked.append(folder) or alike(1e9))
     budget = MemoryBudget(host_bytes=1000, folder=tmp_path)
     for room in (memory._PROBE_BYTES - 1, memory._PROBE_BYTES):
         monkeypatch.setattr(memory, "free_file_bytes", lambda folder, room=room: room)
@@ -693,8 +726,9 @@ def test_a_full_disk_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_disks_rate_is_measured(tmp_path: Path) -> None:
-    rate = memory.file_rate(tmp_path)
-    assert all(1e6 < value < 1e12 for value in rate)
+    rates = memory.file_rates(tmp_path)
+    assert all(1e6 < value < 1e12 for rate in rates for value in rate)
+    assert rates.cached.written >= rates.disk.written
     assert not list(tmp_path.iterdir())
     assert FileRate(2.0, 4.0).seconds(8.0, 3) == 4 + 6
 
@@ -729,7 +763,7 @@ def test_a_budget_changes_nothing_but_the_place(
         steps = tuple(sorted(set(data.t.tolist())))
         config = dataclasses.replace(config, timed_ranges="all", timesteps=steps)
     for place, (budget, rate) in PLACES.items():
-        monkeypatch.setattr("qdiff.memory.file_rate", lambda folder, rate=rate: FileRate(rate, rate))
+        monkeypatch.setattr("qdiff.memory.file_rates", lambda folder, rate=rate: alike(rate))
         budget = budget and dataclasses.replace(budget, folder=tmp_path)
         qnn = wrapped(config)
         with caplog.at_level("INFO", "qdiff"):
