@@ -58,7 +58,13 @@ logger = logging.getLogger(__name__)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES, overrides=True)
+    parser = Parser(
+        prog=PROGRAM,
+        usage="%(prog)s CKPT --out FILE --cali_data_path FILE [flags] [key=value ...]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        overrides=True,
+    )
     parser.add_argument(
         "cali_ckpt", metavar="CKPT", help="calibrated checkpoint: ckpt.pth or a packed ckpt.safetensors"
     )

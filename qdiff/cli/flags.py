@@ -7,11 +7,12 @@ through ``parser.error``, naming flag, value and remedy, before a model is built
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,29 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
         silent = argparse.Namespace(**dict.fromkeys(defaults, _NotGiven))
-        parsed, unknown = self.parse_known_args(args, silent)
+        with self._nothing_required():  # a misspelt flag is the slip, not the flag that is missing for it
+            _, unknown = self.parse_known_args(args)
         overrides = [word for word in unknown if self._overrides and OVERRIDE.fullmatch(word)]
         unknown = [word for word in unknown if word not in overrides]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
+        parsed, _ = self.parse_known_args(args, silent)
         given = {name for name, value in vars(parsed).items() if value is not _NotGiven}
         values = {name: value if name in given else defaults[name] for name, value in vars(parsed).items()}
         if self._overrides:
             values["overrides"] = overrides
         return argparse.Namespace(**values, given=frozenset(given))
+
+    @contextlib.contextmanager
+    def _nothing_required(self) -> Iterator[None]:
+        required = [x for x in (*self._actions, *self._mutually_exclusive_groups) if x.required]
+        for x in required:
+            x.required = False
+        try:
+            yield
+        finally:
+            for x in required:
+                x.required = True
 
     def _suggestion(self, unknown: Sequence[str]) -> str:
         names = [name for action in self._actions for name in action.option_strings]

@@ -64,7 +64,7 @@ examples:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser = Parser(prog=PROGRAM, usage="%(prog)s --config FILE [flags]", description=DESCRIPTION, epilog=EXAMPLES)
     add_model_flags(parser)
     add_sampler_flags(parser)
     add_inference_flags(parser)

@@ -280,6 +280,19 @@ def test_refused(miniature, tmp_path, failing, flags):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--confg", "configs/cifar10.yml"], "--confg configs/cifar10.yml (did you mean --config?)"),
+        ([], "required: --config"),
+    ],
+)
+def test_a_slip_is_named_before_what_is_missing_for_it(failing, words, said):
+    failure = failing(*words)
+    assert failure.status == 2
+    assert said in failure.message
+
+
 def test_compiling_without_a_compiler(miniature, tmp_path, failing, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     failure = failing(*miniature.flags(), "-l", tmp_path / "out", "--compile")
