@@ -130,7 +130,8 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def _nothing_required(self) -> Iterator[None]:
-        required = [x for x in (*self._actions, *self._mutually_exclusive_groups) if x.required]
+        everything: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
+        required = [x for x in everything if x.required]
         for x in required:
             x.required = False
         try:
