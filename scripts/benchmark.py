@@ -253,6 +253,9 @@ class Network(Protocol):
     def make(self, *, random: bool) -> nn.Module:
         """With its weights, or with random ones; a new one each time, on the CPU, in evaluation mode."""
 
+    def forget(self) -> None:
+        """Let go of the weights that it keeps for the next one, as a command has them once."""
+
     def empty(self, device: torch.device) -> nn.Module:
         """For weights to come, on the device; a new one each time."""
 
@@ -276,6 +279,9 @@ class PixelNetwork:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return UNet.from_config(self.config).eval()
+
+    def forget(self) -> None:
+        pass
 
     def empty(self, device: torch.device) -> nn.Module:
         return build(self.config).to(device)
@@ -314,6 +320,10 @@ class LatentNetwork:
         if not random:
             raise UserError(f"{self.path}: of latent models only random weights are measured; say --random_weights")
         return copy.deepcopy(self._unet)
+
+    def forget(self) -> None:
+        if vars(self).pop("_unet", None) is not None:
+            self.diffusion.model.diffusion_model.to("meta")
 
     def empty(self, device: torch.device) -> nn.Module:
         return copy.deepcopy(self.diffusion.model.diffusion_model).to_empty(device=device).eval().requires_grad_(False)
@@ -517,6 +527,7 @@ def run_calibration(
     device, network = args.device, network_of(args)
     quant = dataclasses.replace(network.quant, quant_act=only_phase != "weights")
     qnn = QuantModel.from_config(network.make(random=args.random_weights).to(device), quant)
+    network.forget()
     data = calibration_set(args, network, samples or args.cali_n)
     options = calibration_config(args, **network.options, **changes)
     chosen = evenly([unit.path for unit in qnn.units()], units)

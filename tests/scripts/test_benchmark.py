@@ -208,6 +208,9 @@ def test_a_latent_network_is_as_published(latent, text) -> None:
     assert one is not other
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert all(p.abs().sum() > 0 for p in one.parameters())  # the last layers of blocks too
+    beds.forget()
+    assert all(p.is_meta for p in beds.diffusion.model.diffusion_model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), beds.make(random=True).parameters(), strict=True))
     with pytest.raises(ValueError, match="--random_weights"):
         beds.make(random=False)
     classes, args = network("classes")
