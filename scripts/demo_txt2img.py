@@ -44,11 +44,13 @@ EMOJI = BUNDLES["emoji-text"]
 BUNDLED = {"bundled W4A8": "w4a8.safetensors"}
 
 SEED = 7
-TIMESTEPS = 20
+STEPS = 50  # of the sampler, as the command has by default; with few of them errors grow from step to step
+TIMESTEPS = 20  # of the calibration, out of these
 SAMPLES_A_STEP = 8  # each with its caption and without, as guidance asks the network
 ITERATIONS, ITERATIONS_A, BATCH = 120, 25, 16
 ROUNDING_RATE = 0.03  # of AdaRound: with a hundredth of the iterations each has to move further (default 0.001)
 IMAGES_AT_ONCE = 8
+MEASURED = 32  # images a row: PSNR differs by several dB from image to image
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,6 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, default=EMOJI.folder, help="the model's folder [models/ldm/emoji-text]")
     parser.add_argument("--judges", type=Path, default=EMOJI.judges, help="its classifier's [models/ldm/emoji64]")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="what to draw [eight emoji]")
+    parser.add_argument(
+        "--measured",
+        type=at_least(1),
+        default=MEASURED,
+        help="images that the table is about: of the prompts and others",
+    )
     parser.add_argument("--iters", type=at_least(0), default=ITERATIONS, help="iterations a unit, weights")
     parser.add_argument("--iters_a", type=at_least(0), default=ITERATIONS_A, help="iterations a unit, activations")
     return parser
@@ -79,12 +87,14 @@ def demonstrate(bundle: TextBundle, args: argparse.Namespace) -> None:
     full, calibrated, resumed = fresh_folders(args.out, "full", "calibrated", "resumed")
     prompts, captions = args.out / "prompts.txt", args.out / "captions.txt"
     write_lines(prompts, args.prompts)
-    others = [caption for caption in bundle.known.in_turn(CAPTIONS_SEED + 1) if caption not in args.prompts]
+    known = dict.fromkeys(bundle.known.in_turn(CAPTIONS_SEED + 1))
+    others = [caption for caption in known if caption not in args.prompts]
     write_lines(captions, others[:SAMPLES_A_STEP])
+    measured_too = others[SAMPLES_A_STEP:][: max(0, args.measured - len(args.prompts))]
 
     calibration_set = args.out / "calibration.pt"
     model = f"--config {quoted(bundle.folder / 'config.yaml')} --ckpt {quoted(bundle.folder / 'model.safetensors')}"
-    sampler = f"--plms {model} --ddim_steps {TIMESTEPS} --scale {bundle.scale:g} --device cpu"
+    sampler = f"--plms {model} --ddim_steps {STEPS} --scale {bundle.scale:g} --device cpu"
     draw = f"txt2img.py --from-file {quoted(prompts)} --cond {sampler} --n_iter 1 --n_samples {IMAGES_AT_ONCE}"
     quant = "--ptq --quant_act --act_bit 8 --sm_abit 16 --split"
     say("1. The prompts in full precision")
@@ -111,8 +121,8 @@ def demonstrate(bundle: TextBundle, args: argparse.Namespace) -> None:
     )
     say("5. The same noise through full precision, plain rounding, this calibration and the bundled one")
     images = [load_image_set(next(folder.glob("*/samples"))).float() / 255 for folder in (full, resumed)]
-    rows = compare(bundle, calibration_set, packed, args.prompts, *images)
-    title = f"{TIMESTEPS} PLMS steps, guidance {bundle.scale:g}, the same noise in a column"
+    rows = compare(bundle, calibration_set, packed, [*args.prompts, *measured_too], *images)
+    title = f"{STEPS} PLMS steps, guidance {bundle.scale:g}, the same noise in a column"
     table = summary(rows, bundle)
     show(rows, table, args.out, title=title, started=started, captions=args.prompts)
 
@@ -127,16 +137,17 @@ def compare(
     """A row a variant: measured on the same inputs, sampled from the same noise.
 
     Args:
-        full_images, images: of full precision and of ``packed``, as the commands drew them.
+        full_images, images: of full precision and of ``packed``, as the commands drew them: of the first prompts.
     """
     full = bundle.full_precision()
     held_out = bundle.held_out(full, device=torch.device("cpu"), steps=TIMESTEPS, per_step=4)
 
     def measure(label: str, model: nn.Module, size: int, images: Tensor | None = None) -> Row:
         print(f"   {label}", flush=True)
-        if images is None:
-            sampler = bundle.drawing(prompts, "cpu", timesteps=TIMESTEPS, seed=SEED)
-            images = bundle.sample_with(sampler, model, count=len(prompts), batch_size=IMAGES_AT_ONCE)
+        if images is None or len(images) < len(prompts):
+            sampler = bundle.drawing(prompts, "cpu", timesteps=STEPS, seed=SEED)
+            drawn = bundle.sample_with(sampler, model, count=len(prompts), batch_size=IMAGES_AT_ONCE)
+            images = drawn if images is None else torch.cat([images, drawn[len(images) :]])
         return measured(label, model, held_out, size, images)
 
     rows = [measure("full precision", full, 4 * sum(p.numel() for p in full.parameters()), full_images)]
@@ -147,7 +158,7 @@ def compare(
 
 def summary(rows: list[Row], bundle: TextBundle) -> str:
     """The table, and what it does not show by itself."""
-    how = f"{TIMESTEPS} PLMS steps, guidance {bundle.scale:g}; CPU. Sizes are those of the UNet."
+    how = f"{STEPS} PLMS steps, guidance {bundle.scale:g}; CPU. Sizes are those of the UNet."
     batch = "16 images" if bundle.scale != 1 else "32 images"
     text = comparison(rows, batch=batch, closing=f"{len(rows[0].images)} images, {how}")
     return "\n".join([*text, "Low bits are simulated: the file is small, the arithmetic is not faster."])

@@ -129,10 +129,11 @@ def show(
 
     Args:
         started: of the demo, on ``time.perf_counter``.
-        captions: of the images, in the order of every row.
+        captions: of the images to be shown, the first ones of every row; None shows all.
     """
     picture = folder / "comparison.png"
-    comparison_picture({row.label: row.images for row in rows}, picture, title=title, captions=captions)
+    shown = None if captions is None else len(captions)
+    comparison_picture({row.label: row.images[:shown] for row in rows}, picture, title=title, captions=captions)
     (folder / "comparison.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n")
     print(f"The images: {picture}   ({time.perf_counter() - started:.0f} s)")

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ldm.util import instantiate_from_config, load_guidance
 from qdiff.calibrate import calibrate
 from qdiff.calibration_data import save_calibration_set
 from qdiff.checkpoint import read_info, save_packed
-from qdiff.cli import evaluate, txt2img
+from qdiff.cli import demonstration, evaluate, txt2img
 from qdiff.cli.bundles import BUNDLES, CAPTIONS_JUDGED, NAMES, SCORING, TextBundle
 from qdiff.cli.run_folder import read_png
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -309,11 +310,15 @@ def test_images_of_a_bundle_are_those_of_the_command(bundle: TextBundle, tmp_pat
 
 
 def test_the_demo_ends_in_a_picture_with_captions(whole: TextBundle, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo, "STEPS", 4)
     monkeypatch.setattr(demo, "TIMESTEPS", 2)
     monkeypatch.setattr(demo, "SAMPLES_A_STEP", 1)
     out = tmp_path / "demo"
     words = ["--bundle", str(whole.folder), "--judges", str(whole.judges), "--out", str(out), "--iters", "1"]
     words += ["--iters_a", "1", "--prompts", "red square of food", "dark blue square of flags"]
+    words += ["--measured", "3"]
+    shown = mock.Mock(wraps=demonstration.comparison_picture)
+    monkeypatch.setattr(demonstration, "comparison_picture", shown)
     (out / "resumed" / "old" / "samples").mkdir(parents=True)  # an earlier run's; every run starts anew
     assert demo.main(words) == 0
     said = capsys.readouterr().out
@@ -323,7 +328,10 @@ def test_the_demo_ends_in_a_picture_with_captions(whole: TextBundle, tmp_path: P
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:6]] == labels
     errors = [float(line.split("|")[3]) for line in table.splitlines()[3:6]]
     assert all(0 < error < 2 for error in errors)
-    assert "2 images, 2 PLMS steps, guidance 2; CPU" in table
+    assert "3 images, 4 PLMS steps, guidance 2; CPU" in table
+    (rows, _), options = shown.call_args
+    assert [len(images) for images in rows.values()] == [2] * 4
+    assert options["captions"] == words[words.index("--prompts") + 1 :][:2]
     assert (out / "comparison.png").stat().st_size > 1000
     assert len([line for line in said.splitlines() if line.startswith("$ python scripts/")]) == 4
     assert not set(demo.PROMPTS) & set((out / "captions.txt").read_text().splitlines())
