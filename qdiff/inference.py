@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from qdiff.adapters import find_adapter
 from qdiff.graphs import recording
+from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
@@ -55,10 +56,13 @@ class InferenceConfig:
         precision: ``full`` is float32; ``autocast`` leaves weights in float32 and lets torch choose, operation by
             operation, between that and float16; ``fp16`` and ``bf16`` hold the weights in that type.
         compile: through torch.compile, and on a GPU as one CUDA graph.
+        unrounded_maps: softmax maps in 16 bits, which stand for no quantization, stay unrounded, so that attention is
+            fused and none of them is in memory.
     """
 
     precision: Precision = "full"
     compile: bool = False
+    unrounded_maps: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -270,6 +274,19 @@ def _zeros(
     return tuple(torch.zeros(size, device=device) for size in shapes)
 
 
+def leave_maps_unrounded(network: nn.Module) -> None:
+    """No softmax map of 16 bits is rounded from now on where attention can be fused without it.
+
+    Raises:
+        InferenceError: the network has no such map.
+    """
+    blocks = [m for m in network.modules() if isinstance(m, BaseQuantBlock) and m.can_leave_map_unrounded()]
+    if not blocks:
+        raise InferenceError("there are no softmax maps in 16 bits that could stay unrounded in this network")
+    for block in blocks:
+        block.unrounded_map = True
+
+
 @torch.no_grad()
 def prepare(
     model: NoiseModel,
@@ -309,6 +326,10 @@ def prepare(
     config = config.on(device)
     graphed = device.type == "cuda" and cuda_graph is not False
     predict = model
+    if config.unrounded_maps:
+        if not isinstance(model, nn.Module):
+            raise InferenceError("only a network has softmax maps that could stay unrounded")
+        leave_maps_unrounded(model)
     if config.precision != "full":
         if not isinstance(model, nn.Module):
             raise InferenceError(f"precision {config.precision} needs a network; a function runs as it is written")

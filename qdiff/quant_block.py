@@ -19,10 +19,12 @@ class BaseQuantBlock(nn.Module):
     Attributes:
         kind: what the block is called in tables.
         grad_ckpt: save memory while it is reconstructed, by computing activations twice; for families that can.
+        unrounded_map: of a block that can leave its softmax map in 16 bits unrounded: whether it does.
     """
 
     kind: ClassVar[str] = "block"
     grad_ckpt: bool = False
+    unrounded_map: bool = False
     use_weight_quant: bool
     use_act_quant: bool
 
@@ -56,6 +58,10 @@ class BaseQuantBlock(nn.Module):
             x, context: the block's inputs.
         """
         return 0
+
+    def can_leave_map_unrounded(self) -> bool:
+        """Of a block that attends: whether its softmax map has 16 bits, and its attention can be fused without it."""
+        return False
 
     def rounds_map(self) -> bool:
         """Of a block that attends: whether its softmax map is rounded here and now, with activations quantized."""

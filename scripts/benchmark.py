@@ -49,6 +49,7 @@ from ldm.modules.encoders.modules import TextEncoder
 from ldm.pretrained import build_latent_diffusion
 from ldm.random_weights import random_checkpoint
 from ldm.util import load_model_config
+from qdiff.attention import UNQUANTIZED_MAP
 from qdiff.calibrate import UnitProgress, calibrate
 from qdiff.calibration_data import CalibrationSet, load_calibration_set, selected_steps
 from qdiff.capture import UnitData
@@ -159,6 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--repeats", type=at_least(1), default=30, metavar="N", help="calls of which the median is taken")
     add_published_flags(own)
     own.add_argument("--variants", nargs="+", metavar="NAME", help="only these [all that the device can run]")
+    own.add_argument("--profile", action="store_true", help="what each step consists of")
     own.add_argument("--psnr", type=at_least(1), metavar="N", help="also compare N images of the bundled model")
     own.add_argument("--timesteps", type=at_least(1), default=SAMPLER_STEPS, metavar="N", help="of these images")
 
@@ -715,21 +717,42 @@ def profiled(args: Any) -> Iterator[list[list[dict[str, Any]]]]:
     if not args.profile:
         yield found
         return
-    on_gpu = args.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
+    with profiling(args.device) as profile:
         yield found
+    found.append(kernels_of(profile, args.device))
+
+
+def kernels_of(profile: torch.profiler.profile, device: torch.device, *, calls: int = 1) -> list[dict[str, Any]]:
+    """The kernels (operations, on a CPU) that ran, those that took longest first; of so many calls, each one's part."""
+    on_gpu = device.type == "cuda"
     time_of = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
     events = sorted(profile.key_averages(), key=time_of, reverse=True)
-    found.append([{"name": e.key, "calls": e.count, "seconds": time_of(e) / 1e6} for e in events if time_of(e) > 0])
+    return [
+        {"name": e.key, "calls": e.count / calls, "seconds": time_of(e) / 1e6 / calls} for e in events if time_of(e) > 0
+    ]
+
+
+def profiling(device: torch.device) -> torch.profiler.profile:
+    """Of what runs on the device, not of who sends it there."""
+    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    return torch.profiler.profile(activities=[kind])
+
+
+def kind_of_kernel(name: str) -> str:
+    """By what its name says; names are those of cuBLAS, cuDNN, PyTorch and the kernels that torch.compile makes."""
+    name = name.lower()
+    for kind, words in KERNEL_KINDS.items():
+        if any(word in name for word in words):
+            return kind
+    return "other"
 
 
 def profile_table(kernels: list[dict[str, Any]], parts: Breakdown, shown: int = 12) -> str:
     """The kernels that take most, and how much of the reconstruction's time all of them fill."""
     iterations = sum(r.iterations for r in parts.reports if r.name not in parts.skipped)
     busy, wall = sum(k["seconds"] for k in kernels), parts.weights + parts.activations + parts.capture + parts.ranges
-    lines = [[k["name"][:70], str(k["calls"]), f"{1e3 * k['seconds']:.1f}"] for k in kernels[:shown]]
-    calls = sum(k["calls"] for k in kernels)
+    lines = [[k["name"][:70], f"{k['calls']:.0f}", f"{1e3 * k['seconds']:.1f}"] for k in kernels[:shown]]
+    calls = round(sum(k["calls"] for k in kernels))
     return (
         markdown_table(["kernel", "calls", "ms"], lines)
         + f"\n\nAll kernels: {busy:.2f} s of {wall:.2f} s ({busy / wall:.0%}); the rest is launching and the host. "
@@ -755,10 +778,21 @@ class Variant:
 
 
 COMPILED = ("full fp16 compiled", "full bf16 compiled")
+PROFILED_CALLS, SHOWN_KERNELS = 3, 12
+KERNEL_KINDS = {  # words of which a kernel's name has one; the first kind that fits
+    "attention without a map": ("flash", "fmha", "sdpa", "attention"),
+    "softmax, with what is rounded there": ("softmax",),
+    "made by torch.compile: norms, rounding, sums": ("triton_",),
+    "convolution or matrix product": ("gemm", "nvjet", "cutlass", "conv", "xmma", "addmm", "bmm", "::mm"),
+}
 
 
-def variants(device: torch.device) -> list[Variant]:
-    """All that the device can run. On a CPU bf16 stands for fp16, which it computes many times slower."""
+def variants(device: torch.device, sm_abit: int = 8) -> list[Variant]:
+    """All that the device can run. On a CPU bf16 stands for fp16, which it computes many times slower.
+
+    Args:
+        sm_abit: of the quantized network.
+    """
     on_gpu = device.type == "cuda"
     half = "fp16" if on_gpu else "bf16"
     compiles = why_not_compiled(device) is None
@@ -770,12 +804,15 @@ def variants(device: torch.device) -> list[Variant]:
         found += [] if quant == "full" else [Variant(f"{quant} fp32", quant, InferenceConfig())]
         found.append(Variant(f"{quant} {half}", quant, InferenceConfig(half)))
         found += [Variant(f"{quant} {half} compiled", quant, InferenceConfig(half, compile=True))] if compiles else []
+    if compiles and sm_abit >= UNQUANTIZED_MAP:
+        config = InferenceConfig(half, compile=True, unrounded_maps=True)
+        found.append(Variant(f"w4a8 {half} compiled, maps unrounded", "w4a8", config))
     return found
 
 
 def benchmark_step(args: Any) -> Result:
     network = network_of(args)
-    chosen = variants(args.device)
+    chosen = variants(args.device, network.quant.sm_abit)
     if args.variants:
         known = [v.name for v in chosen]
         if unknown := [name for name in args.variants if name not in known]:
@@ -794,6 +831,7 @@ def benchmark_step(args: Any) -> Result:
     header = ["variant", "batch", "ms a step", "ms as one graph", "times compiled half precision", "s to make ready"]
     notes = ["The second minus the third column is launching; a compiled network is always one graph on a GPU."]
     facts: dict[str, Any] = {"rows": rows}
+    notes += [step_profile(row) for row in rows if "kernels" in row]
     if args.psnr:
         facts["psnr"] = compare_images(args)
         notes.append(
@@ -841,9 +879,30 @@ def step_rows(chosen: Sequence[Variant], network: Network, batch_size: int, args
             with tf32(variant.allow_tf32):
                 taken = median_seconds(lambda run=run: run(*inputs), args.device, repeats=args.repeats, warmup=3)
             row["graph_ms" if graph else "ms"] = 1e3 * taken
+        if args.profile:
+            with tf32(variant.allow_tf32), profiling(args.device) as profile:
+                for _ in range(PROFILED_CALLS):
+                    run(*inputs)
+                wait_for(args.device)
+            row["kernels"] = kernels_of(profile, args.device, calls=PROFILED_CALLS)
         row["best_ms"] = min(ms for ms in (row["ms"], row["graph_ms"]) if ms is not None)
-        print(row, file=sys.stderr, flush=True)
+        print({k: v for k, v in row.items() if k != "kernels"}, file=sys.stderr, flush=True)
         yield row
+
+
+def step_profile(row: dict[str, Any]) -> str:
+    """What a step consists of: kinds of kernels, and the longest ones."""
+    total = sum(k["seconds"] for k in row["kernels"])
+    kinds: dict[str, list[float]] = {}
+    for k in row["kernels"]:
+        calls_and_seconds = kinds.setdefault(kind_of_kernel(k["name"]), [0.0, 0.0])
+        calls_and_seconds[0] += k["calls"]
+        calls_and_seconds[1] += k["seconds"]
+    found = [(f"all: {kind}", *of) for kind, of in sorted(kinds.items(), key=lambda item: -item[1][1])]
+    found += [(k["name"][:70], k["calls"], k["seconds"]) for k in row["kernels"][:SHOWN_KERNELS]]
+    lines = [[name, f"{calls:.0f}", f"{1e3 * took:.3f}", f"{took / total:.0%}"] for name, calls, took in found]
+    title = f"{row['variant']}, batch {row['batch_size']}: kernels take {1e3 * total:.2f} ms a step."
+    return f"{title}\n\n{markdown_table(['kernel', 'calls', 'ms', 'share'], lines)}"
 
 
 def random_inputs(network: Network, count: int) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, Transfo
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from qdiff import fused
 from qdiff.adapters import Adapter
-from qdiff.attention import attention, by_heads, rounds_map
+from qdiff.attention import UNQUANTIZED_MAP, attention, by_heads, rounds_map
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -106,8 +106,11 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         source = x if context is None else context
         return len(x) * self.heads * x.shape[1] * source.shape[1]
 
+    def can_leave_map_unrounded(self) -> bool:
+        return self.act_quantizer_w.config.n_bits >= UNQUANTIZED_MAP
+
     def rounds_map(self) -> bool:
-        return rounds_map(self.act_quantizer_w)
+        return not self.unrounded_map and rounds_map(self.act_quantizer_w)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.use_act_quant:

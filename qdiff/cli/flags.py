@@ -27,10 +27,11 @@ NEEDS_PTQ = (
     *("quant_mode", "weight_bit", "act_bit", "quant_act", "a_sym", "a_min_max", "split", "sm_abit"),
     *("timed_ranges", "split_input", "act_range", "range_samples", "running_stat", "rs_sm_only"),
     *("resume", "resume_w", "cali_ckpt", "correct_scale", "correct_mean", "no_correct_scale", "tensorboard"),
+    "unrounded_maps",
 )
 NEEDS_QUANT_ACT = (
     *("act_bit", "a_sym", "a_min_max", "sm_abit", "timed_ranges", "split_input", "act_range", "range_samples"),
-    *("running_stat", "rs_sm_only", "resume_w"),
+    *("running_stat", "rs_sm_only", "resume_w", "unrounded_maps"),
 )
 
 
@@ -250,8 +251,12 @@ def add_machine_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verbose", action="store_true", help="more detail in the log, and tracebacks with errors")
 
 
-def add_inference_flags(parser: Parser, *, precision: Precision = "full") -> None:
-    """``--precision`` and ``--compile``: how the network runs while sampling."""
+def add_inference_flags(parser: Parser, *, precision: Precision = "full", maps: bool = False) -> None:
+    """``--precision`` and ``--compile``: how the network runs while sampling.
+
+    Args:
+        maps: whether the command has ``--unrounded_maps``.
+    """
     group = parser.add_argument_group("inference", "these change the last digits of images, and speed")
     group.add_argument(
         "--precision",
@@ -265,6 +270,13 @@ def add_inference_flags(parser: Parser, *, precision: Precision = "full") -> Non
         action="store_true",
         help="compile the network first, on a GPU into one CUDA graph; pays off over many images",
     )
+    if maps:
+        group.add_argument(
+            "--unrounded_maps",
+            action="store_true",
+            help="leave softmax maps of 16 bits, which stand for no quantization, unrounded while sampling: attention "
+            "is fused then, which is faster and takes less memory",
+        )
 
 
 def check_inference(parser: Parser, args: argparse.Namespace) -> None:
@@ -278,7 +290,8 @@ def check_inference(parser: Parser, args: argparse.Namespace) -> None:
 
 def inference_config(args: argparse.Namespace) -> InferenceConfig:
     """What the flags mean on the device they name."""
-    return InferenceConfig(args.precision, args.compile).on(resolve_device(args.device))
+    maps = getattr(args, "unrounded_maps", False)
+    return InferenceConfig(args.precision, args.compile, unrounded_maps=maps).on(resolve_device(args.device))
 
 
 def add_quantization_flags(

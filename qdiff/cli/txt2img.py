@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdiff.attention import UNQUANTIZED_MAP
 from qdiff.calibration_data import CalibrationSet, load_calibration_set
 from qdiff.cli import finishing
 from qdiff.cli.errors import UserError, exit_on_error
@@ -76,6 +77,7 @@ examples:
 TOLD = (
     *("plms", "dpm", "ddim_steps", "ddim_eta", "scale", "fixed_code", "precision"),
     *("ptq", "weight_bit", "quant_act", "act_bit", "sm_abit", "split", "timed_ranges", "split_input", "quant_mode"),
+    "unrounded_maps",
 )
 
 logger = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ def build_parser() -> Parser:
     model.add_argument("--C", type=at_least(1), metavar="N", help="channels of a latent [the config's]")
     model.add_argument("--f", type=at_least(1), metavar="N", help="pixels along a side of a latent's [the config's]")
     _add_sampler_flags(parser.add_argument_group("sampler"))
-    add_inference_flags(parser, precision="autocast")
+    add_inference_flags(parser, precision="autocast", maps=True)
     _add_output_flags(parser.add_argument_group("output"))
     add_quantization_flags(parser, a_sym=False)
     add_calibration_flags(parser, range_samples=16)
@@ -241,6 +243,11 @@ class TextTask:
             weight_range="mse",
             act_range="mse",
         )
+        if self.args.unrounded_maps and not (self._plan.quant_act and self._plan.quant.sm_abit >= UNQUANTIZED_MAP):
+            parser.error(
+                f"--unrounded_maps: softmax maps are quantized to {self._plan.quant.sm_abit} bits here; only those of "
+                f"{UNQUANTIZED_MAP} (--sm_abit {UNQUANTIZED_MAP}) can stay unrounded"
+            )
         return self._plan
 
     def calibration_samples(self, path: Path) -> CalibrationSet:

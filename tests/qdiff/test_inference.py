@@ -303,6 +303,39 @@ def test_a_context_goes_through_half_precision_and_compilation(
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@torch.no_grad()
+def test_maps_of_16_bits_can_stay_unrounded(monkeypatch: pytest.MonkeyPatch, compile: bool) -> None:
+    """Attention is fused then, compiled or not, and what comes out is as good as the same."""
+    compile_, graphs = torch.compile, []
+    backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
+    model, inputs = conditional_unet(QuantConfig(4, 8, True, split=True, sm_abit=16)), latent_inputs("transformer", 4)
+    exact = model(*inputs)
+    maps = [q for path, q in model.act_quantizers().items() if path.endswith("act_quantizer_w")]
+    rounded = []
+    for quantizer in maps:
+        monkeypatch.setattr(quantizer, "forward", lambda x: rounded.append(x) or x)
+    config = InferenceConfig("bf16", compile=compile, unrounded_maps=True)
+    run = prepare(model, config, shape=(4, *LATENT_SHAPE), device="cpu", context_shape=CONTEXT)
+    out = run(*inputs)
+    assert maps
+    assert not rounded
+    assert 0 < relative_error(out, exact) < 2e-2
+    assert len(graphs) == compile
+    for node in (node for graph in graphs for node in graph.graph.nodes):
+        assert "softmax" not in str(node.target)
+
+
+def test_maps_of_8_bits_cannot_stay_unrounded() -> None:
+    config = InferenceConfig(unrounded_maps=True)
+    for model in (conditional_unet(QuantConfig(4, 8, True, split=True)), conditional_unet(None)):
+        with pytest.raises(InferenceError, match="no softmax maps in 16 bits"):
+            prepare(model, config, shape=(4, *LATENT_SHAPE), device="cpu", context_shape=CONTEXT)
+    with pytest.raises(InferenceError, match="only a network"):
+        prepare(lambda x, t: x, config, shape=(4, 3, 8, 8), device="cpu")
+
+
 @torch.no_grad()
 def test_the_doubled_batch_of_guidance_has_one_size() -> None:
     """Classifier-free guidance calls the network on two rows an image; the last, smaller batch of it as well."""

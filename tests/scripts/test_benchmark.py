@@ -154,6 +154,39 @@ def test_steps_in_every_precision(run) -> None:
     assert "w4a8 bf16" in said
 
 
+def test_maps_stay_unrounded_where_they_have_16_bits() -> None:
+    cpu = torch.device("cpu")
+    if benchmark.why_not_compiled(cpu) is None:
+        more = [v for v in benchmark.variants(cpu, 16) if v.name not in {w.name for w in benchmark.variants(cpu, 8)}]
+        assert [v.inference.unrounded_maps for v in more] == [True]
+        assert not any(v.inference.unrounded_maps for v in benchmark.variants(cpu, 8))
+
+
+def test_what_a_step_consists_of(run) -> None:
+    words = ["--device", "cpu", "--batch_sizes", "2", "--repeats", "1", "--variants", "full fp32", "--profile"]
+    figures, said = run("step", *words)
+    kernels = figures["rows"][0]["kernels"]
+    assert [k["seconds"] for k in kernels] == sorted((k["seconds"] for k in kernels), reverse=True)
+    assert any("conv" in k["name"] and k["calls"] >= 1 for k in kernels)
+    assert "full fp32, batch 2: kernels take" in said
+    assert "all: convolution or matrix product" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32", "convolution or matrix product"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "convolution or matrix product"),
+        ("triton_red_fused__softmax_clamp_mul_round_3", "softmax, with what is rounded there"),
+        ("triton_poi_fused_convolution_clamp_7", "made by torch.compile: norms, rounding, sums"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention without a map"),
+        ("Memcpy DtoD", "other"),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert benchmark.kind_of_kernel(name) == kind
+
+
 @pytest.mark.parametrize("kind", ["beds", "churches", "classes"])
 def test_latent_networks_are_calibrated_and_extrapolated(kind: str, latent, tmp_path, capsys) -> None:
     path, config = tmp_path / "figures.json", latent(kind).folder / "config.yaml"

@@ -295,6 +295,24 @@ def test_resuming_gives_the_calibrated_images(text, calibrated, tmp_path, bits, 
         assert json.loads(image.text["options"])["weight_bit"] == bits
 
 
+def test_maps_that_stay_unrounded(text, calibrated, tmp_path):
+    """Other last digits, the same pictures to the eye; the picture says so."""
+    flags = ["--ptq", "--quant_act", "--resume", "--cali_ckpt", calibrated[4] / "ckpt.safetensors", "--unrounded_maps"]
+    folder = draw(text("sd").flags(*flags), tmp_path)
+    assert (pictures(folder) - pictures(calibrated[4])).abs().mean() < 0.02
+    with Image.open(folder / "samples" / "00000.png") as image:
+        assert json.loads(image.text["options"])["unrounded_maps"] is True
+
+
+def test_maps_of_8_bits_have_to_be_rounded(text, failing, tmp_path):
+    tiny = text("sd")
+    words = [*tiny.flags(), "--ptq", "--quant_act", *tiny.calibration_flags(), "--unrounded_maps"]
+    failure = failing(*words, "--outdir", tmp_path / "out", main=main)
+    assert failure.status == 2
+    assert "--unrounded_maps: softmax maps are quantized to 8 bits here; only those of 16" in failure.message
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_image_says_what_its_packed_checkpoint_answered(text, calibrated, tmp_path):
     flags = ["--ptq", "--quant_act", "--resume", "--cali_ckpt", calibrated[4] / "ckpt.safetensors", "--n_iter", 1]
     with Image.open(draw(text("sd").flags(*flags), tmp_path) / "samples" / "00000.png") as image:
@@ -524,6 +542,8 @@ WRONG = {
     "factor": (["--f", "8"], "--f 8: it is 2 in"),
     "steps": (["--ddim_steps", "101"], "--ddim_steps 101: the schedule"),
     "bits without --ptq": (["--weight_bit", "4"], "needs --ptq"),
+    "maps without --ptq": (["--unrounded_maps"], "--unrounded_maps needs --ptq"),
+    "maps in full": (["--ptq", "--unrounded_maps"], "--unrounded_maps needs --quant_act"),
     "no set": (["--ptq"], "calibrating needs --cali_data_path"),
     "a misspelt flag": (["--ddim_step", "3"], "did you mean --ddim_steps?"),
     "no tokenizer there": (["--tokenizer", "/nowhere"], "--tokenizer /nowhere: no such folder"),
