@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from qdiff.adapters import Adapter
@@ -100,4 +101,5 @@ ADAPTER = Adapter(
     finish_block=_finish_block,
     inputs=_inputs,
     time_embedding=("time_embedding",),
+    upsamplers={Upsample2D: "conv"},
 )

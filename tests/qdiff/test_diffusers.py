@@ -120,6 +120,7 @@ def test_calibration_end_to_end(tmp_path: Path) -> None:
     qnn = QuantModel.from_config(loaded(tmp_path / "model"), W4A8)
     reports: list[UnitReport] = calibrate(qnn, CalibrationSet(*inputs(16)), SHORT)
     assert [report.name for report in reports] == [unit.path for unit in qnn.units()] * 2
+    assert [unit.path for unit in qnn.units() if unit.entry is not unit.module] == ["up_blocks.0.upsamplers.0.conv"]
     assert all(report.loss_after <= report.loss_before for report in reports)
     x, t = inputs(3, seed=1)
     with torch.no_grad():

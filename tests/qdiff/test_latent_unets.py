@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -631,3 +632,17 @@ def test_timesteps_and_context_are_there_once(filed: bool, tmp_path: Path) -> No
                 assert flow is None or (flow.t is start.t and flow.context is start.context)
     assert sizes.start == sum(4 * x[0].numel() for x in inputs)
     assert sizes.boundaries[0].trunk == 4 * inputs[0][0].numel()
+
+
+@pytest.mark.parametrize("kind", ["head_channels", "transformer"])
+def test_upsamplings_are_entered_before_they_enlarge(kind: str) -> None:
+    """Only these: their units' inputs have the resolution of the stage before."""
+    qnn, inputs = with_grids(kind), latent_inputs(kind, 2)
+    units = [unit for unit in qnn.units() if unit.entry is not unit.module]
+    assert [unit.path for unit in units] == [
+        path for path in qnn.layers() if re.search(r"output_blocks.*[12]\.conv$", path)
+    ]
+    seen = observed(qnn, inputs, 2, False, False)
+    for unit in units:
+        (x,), out = seen[unit.path]
+        assert [2 * side for side in x.shape[2:]] == [*out.shape[2:]]
