@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import logging
 import time
@@ -160,6 +161,7 @@ class Frontier:
         self._files = files or shelf
         self._stages, self._origins = self.unet.stages(), connection_origins(self.unet.stages())
         self._number = 0  # of the next stage
+        self._disk_was_full = False
         self._chunk = chunk
         self._size: Sequence[int] = ()  # height and width of the feature map that entered a stage last
         self._chained_units = {stage.path: qnn.units_of(stage) for stage in self._stages if stage.chained}
@@ -361,10 +363,16 @@ class Frontier:
         }
         trunk = self._files if kept.filed else self.shelf
         shelves[id(flow.h)] = trunk  # the newest connection may be the feature map itself
-        return _once_each(
-            dataclasses.replace(flow, skips=skips),
-            lambda x: x if id(x) in there else shelves.get(id(x), trunk).keep(x),
-        )
+        flow = dataclasses.replace(flow, skips=skips)
+        try:
+            return _once_each(flow, lambda x: x if id(x) in there else shelves.get(id(x), trunk).keep(x))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            if not self._disk_was_full:
+                log.warning("%s: what has no room there is computed anew from now on", error)
+            self._disk_was_full = True
+            return None
 
 
 def _once_each(flow: Any, place: Callable[[Tensor], Tensor]) -> Any:

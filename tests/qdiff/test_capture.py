@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import weakref
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -233,6 +235,52 @@ def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) ->
         after = qnn.model.stages().index(stage) + 1
         if after < len(some):
             assert some[after].filed <= any(places.is_filed(x) for x in waits)
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_time_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may use it too. What was to wait there is computed anew."""
+    qnn, inputs = with_grids(QuantConfig(4, split=True)), noisy_inputs(5)
+    options = {"chunk": 2, "device": torch.device("cpu")}
+    boundaries = measure(qnn, tuple(x[:1] for x in inputs), compact=False).boundaries
+    filed = [Kept(True, (True,) * len(b.skips), True, (True,) * len(b.skips)) for b in boundaries]
+    scratch = Scratch(tmp_path)
+    frontiers = (
+        Frontier(qnn, inputs, shelf=Shelf("gpu", compact=False), **options),
+        Frontier(
+            qnn,
+            inputs,
+            shelf=Shelf("partly", compact=False),
+            kept=filed,
+            files=Shelf("partly", compact=False, scratch=scratch),
+            **options,
+        ),
+    )
+    store, calls = scratch.store, []
+
+    def full_now_and_then(x: Tensor) -> places.Filed:
+        calls.append(x)
+        if len(calls) % 5 == 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+        return store(x)
+
+    monkeypatch.setattr(scratch, "store", full_now_and_then)
+    for stage in qnn.model.stages():
+        outputs = [
+            f.outputs(stage, qnn.units_of(stage), lambda unit: Collector(5, 5, compact=False)) for f in frontiers
+        ]
+        for unit in qnn.units_of(stage):
+            pairs = zip(*(out[unit.path].parts().near for out in outputs), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(calls) > 20
+    assert caplog.text.count("is computed anew from now on") == 1
+    monkeypatch.setattr(scratch, "store", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    broken = Frontier(
+        qnn, inputs, shelf=Shelf("partly", compact=False), kept=filed, files=frontiers[1]._files, **options
+    )
+    with pytest.raises(OSError, match="Input/output"):
+        broken.advance(qnn.model.stages()[0])
 
 
 def test_stages_come_in_order() -> None:
