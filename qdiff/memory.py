@@ -361,7 +361,7 @@ class MemoryPlan:
         on_gpu = device.type == "cuda"
         start = rows * sizes.start if on_gpu else 0  # elsewhere it is the set itself
         features, largest = 2 * rows * sizes.features + start, max(sizes.units.values())
-        host = max(0, _host_room(budget, STAGING_BYTES if on_gpu else 0) - aside_bytes)
+        host = _host_room(budget, aside_bytes + (STAGING_BYTES if on_gpu else 0))
         gpu = 0
         if on_gpu:
             learned = sizes.attention_map if maps else 0
@@ -771,11 +771,11 @@ class Storage:
         )
 
 
-def _host_room(budget: MemoryBudget, staging: int) -> int:
-    """Bytes of host memory for captured data, beside what their way to files takes."""
+def _host_room(budget: MemoryBudget, beside: int) -> int:
+    """Bytes of host memory for captured data, beside what the process takes and will take in any case."""
     if budget.host_bytes is None:
-        return int(HOST_SHARE * (free_host_bytes() + budget.pool.size))
-    there = resident_bytes() - budget.pool.size + _LOADED_LATER + staging
+        return max(0, int(HOST_SHARE * (free_host_bytes() + budget.pool.size)) - beside)
+    there = resident_bytes() - budget.pool.size + _LOADED_LATER + beside
     if there > budget.host_bytes:
         log.warning(
             "the process takes %.1f of the %.1f GiB of host memory allowed, without any captured data",
