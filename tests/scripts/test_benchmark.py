@@ -172,19 +172,19 @@ def test_what_a_step_consists_of(run) -> None:
     assert "all: convolution or matrix product" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32", "convolution or matrix product"),
-        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "convolution or matrix product"),
-        ("triton_red_fused__softmax_clamp_mul_round_3", "softmax, with what is rounded there"),
-        ("triton_poi_fused_convolution_clamp_7", "made by torch.compile: norms, rounding, sums"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention without a map"),
-        ("Memcpy DtoD", "other"),
-    ],
-)
-def test_kinds_of_kernels(name: str, kind: str) -> None:
-    assert benchmark.kind_of_kernel(name) == kind
+KERNELS = {
+    "sm90_xmma_fprop_implicit_gemm_f16f16_f16f32": "convolution or matrix product",
+    "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT": "convolution or matrix product",
+    "triton_red_fused__softmax_clamp_mul_round_3": "softmax, with what is rounded there",
+    "triton_poi_fused_convolution_clamp_7": "made by torch.compile: norms, rounding, sums",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>": "attention without a map",
+    "Memcpy DtoD": "other",
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kinds_of_kernels(name: str) -> None:
+    assert benchmark.kind_of_kernel(name) == KERNELS[name]
 
 
 @pytest.mark.parametrize("kind", ["beds", "churches", "classes"])
