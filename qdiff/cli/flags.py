@@ -275,7 +275,7 @@ def add_inference_flags(parser: Parser, *, precision: Precision = "full", maps: 
             "--unrounded_maps",
             action="store_true",
             help="leave softmax maps of 16 bits, which stand for no quantization, unrounded while sampling: attention "
-            "is fused then, which is faster and takes less memory",
+            "is fused then, and no map is in memory",
         )
 
 
@@ -466,7 +466,7 @@ def _add_resource_flags(group: argparse._ArgumentGroup) -> None:
         type=real(zero=False),
         metavar="GB",
         help="host memory that the process may take; captured data for which there is no room are computed anew or lie "
-        "in files [most of what is free]",
+        "in files; on a CPU what computing takes comes on top [most of what is free]",
     )
 
 
