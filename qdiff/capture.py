@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import logging
 import time
@@ -436,24 +437,19 @@ class PairedCapture:
         )
         log.info("%s: %s", "activations" if act_quant else "weights", self.memory)
         self._storage = Storage(self.memory)
+        frontier = functools.partial(
+            Frontier,
+            qnn,
+            inputs,
+            chunk=self.memory.chunk,
+            device=self.device,
+            shelf=self._storage.shelf(),
+            files=self._storage.files(),
+        )
         kept = zip(*self.memory.kept(), strict=True) if self.memory.features == "partly" else (None, None)
-        starts: Sequence[Any] | None = None
-        frontiers: list[Frontier] = []
-        for network in kept:
-            frontiers.append(
-                Frontier(
-                    qnn,
-                    inputs,
-                    chunk=self.memory.chunk,
-                    device=self.device,
-                    shelf=self._storage.shelf(),
-                    kept=network,
-                    files=self._storage.files(),
-                    starts=starts,
-                )
-            )
-            starts = frontiers[0].starts
-        self._quantized, self._full = frontiers
+        of_quantized, of_full = kept
+        self._quantized = frontier(kept=of_quantized)
+        self._full = frontier(kept=of_full, starts=self._quantized.starts)
         self._full_is_ahead = False
         self._reached: dict[str, Collector] = {}  # inputs that were collected on the way
         self._last: tuple[Unit, Collector, Collector] | None = None  # a unit's inputs and targets that can be handed on

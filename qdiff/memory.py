@@ -750,7 +750,7 @@ class Storage:
         return Scratch(self.plan.budget.folder)
 
     def shelf(self) -> Shelf:
-        """A place for one network's features."""
+        """A place for features."""
         return Shelf(self.plan.features, compact=self.plan.compact, arena=self.arena)
 
     def files(self) -> Shelf:

@@ -105,8 +105,10 @@ class UniformAffineQuantizer(nn.Module):
         self._mark_ready(read_back=False)
 
     def settle(self) -> None:
-        """Read a grid's bounds back, where they are plain numbers: with these it is used faster. The grid moves out of
-        the memory of whatever it was averaged in."""
+        """Read a grid's bounds back, where they are plain numbers: with these it is used faster.
+
+        The grid moves out of the memory of whatever it was averaged in.
+        """
         self.set_grid(self.delta, self.zero_point)
 
     @torch.no_grad()

@@ -371,7 +371,8 @@ class Breakdown:
         reports: of the units, those that were skipped included.
         waits: for each of them, how much of ``capture`` came between the one before and it.
         skipped: paths of units that were only passed through.
-        peak_gpu_bytes: most that tensors took at a time; reserved_gpu_bytes: most that the allocator held for them.
+        peak_gpu_bytes: most that tensors took at a time since the last unit, from whose reports the peaks before are
+            known; reserved_gpu_bytes: most that the allocator held for them.
     """
 
     setup: float = 0.0
@@ -550,17 +551,16 @@ def run_calibration(
 
         tuning = always_tuned() if long_ones else contextlib.nullcontext()
         with clock.timing_ranges(qnn), only(chosen), heard(parts.plans), tuning:
-            if only_phase == "activations":
-                qnn.find_weight_grids()
             weights_done = only_phase == "activations"
+            if weights_done:
+                qnn.find_weight_grids()
             calibrate(qnn, data, options, on_unit=done, budget=budget, weights_done=weights_done)
     clock.finish()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.safetensors"
         parts.saving = seconds(lambda: save_packed(path, qnn), device)
     if device.type == "cuda":
-        # Peaks are counted anew from unit to unit.
-        parts.peak_gpu_bytes = max(torch.cuda.max_memory_allocated(device), *(r.peak_gpu_bytes for r in parts.reports))
+        parts.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
     return parts
 
 
