@@ -204,8 +204,8 @@ def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: C
 def _run_all(qnn: QuantModel, batches: list[tuple[Tensor, ...]], device: torch.device, *, graphs: bool) -> None:
     """Take the batches through the network, one after the other: on a GPU as replays of one CUDA graph.
 
-    With a range to be averaged before each of hundreds of roundings, a pass is some ten thousand small kernels, which
-    take longer to launch than to run.
+    With a range to be averaged before each rounding, a pass consists of many small kernels, which take longer to launch
+    than to run.
     """
     graphs = graphs and device.type == "cuda" and len(batches) >= _WORTH_RECORDING
     moved = (tuple(x.to(device) for x in batch) for batch in batches)

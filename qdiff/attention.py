@@ -31,7 +31,8 @@ from qdiff import fused
 LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that a calibration keeps whole
 PART_OF_MAP = 2**29  # what it keeps at a time of a larger one
 UNQUANTIZED_MAP = 16  # bits of a softmax map that stand for no quantization
-# Positions that are attended to, from where on cuDNN's kernel is the quicker one (benchmarks/attention_kernels.py).
+# Positions that are attended to: with so many cuDNN's kernel is the quicker one on an H200, with 77 tokens PyTorch's
+# own is (what benchmarks/attention_kernels.py compares).
 _WORTH_CUDNN = 256
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
