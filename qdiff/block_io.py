@@ -48,11 +48,20 @@ class Piece:
         handle: of the open file; offset, size: in bytes.
         place: what errors name.
         holder: what keeps the file open.
+        pending: what is being written, here or beside it; None: nothing yet.
     """
 
-    def __init__(self, handle: int, offset: int, size: int, place: str, holder: Any = None):
+    def __init__(
+        self,
+        handle: int,
+        offset: int,
+        size: int,
+        place: str,
+        holder: Any = None,
+        pending: list[Future[None]] | None = None,
+    ):
         self.handle, self.offset, self.size, self.place, self.holder = handle, offset, size, place, holder
-        self.pending: list[Future[None]] = []  # what is being written
+        self.pending = [] if pending is None else pending
 
     def blocks(self) -> Iterable[tuple[int, int]]:
         """Offset within the piece and size of each block."""
@@ -66,11 +75,6 @@ class Piece:
         """
         for task in self.pending:
             task.result()
-
-    @property
-    def is_written(self) -> bool:
-        """Whether all of it is in the file."""
-        return all(task.done() and task.exception() is None for task in self.pending)
 
 
 class BlockIO:

@@ -35,7 +35,7 @@ from qdiff.memory import (
     measure,
     sets_rounding_aside,
 )
-from qdiff.places import Collector, Filed, Shelf, fetched, unpacked
+from qdiff.places import Collector, Filed, Shelf, fetched, is_filed, read_filed, unpacked
 from qdiff.quant_model import QuantModel, Unit
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
@@ -107,6 +107,11 @@ def _pick(parts: Sequence[Tensor], index: Tensor, device: torch.device, direct: 
             if one_by_one:
                 for place, row in zip(where.tolist(), own.tolist(), strict=True):
                     rows[place].copy_(part[row], non_blocking=True)  # in order with what reads it
+            elif is_filed(part):  # by calls: memory through which a file is read counts as this process's
+                for place, row in zip(where.tolist(), own.tolist(), strict=True):
+                    there = torch.empty_like(part[row])
+                    read_filed(part[row], there)
+                    rows[place] = there
             else:
                 rows[where.to(device)] = part.index_select(0, own.to(part.device)).to(device)
             offset += len(part)

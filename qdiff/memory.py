@@ -58,16 +58,23 @@ class BudgetError(ValueError):
     """A budget too small for the calibration; the message names the flag to raise."""
 
 
-class PinnedPool:
-    """An arena that is used again where it is large enough: pinning takes seconds for every ten gigabytes."""
+class PlacesPool:
+    """Pinned memory and a scratch file, which one phase of a calibration leaves to the next.
+
+    Pinning takes seconds for every ten gigabytes, and so does giving a file back.
+    """
 
     def __init__(self) -> None:
         self._arena: Arena | None = None
+        self._scratch: Scratch | None = None
 
     @property
-    def size(self) -> int:
-        """Bytes that are pinned."""
+    def pinned_bytes(self) -> int:
         return 0 if self._arena is None else self._arena.size
+
+    @property
+    def file_bytes(self) -> int:
+        return 0 if self._scratch is None else self._scratch.size
 
     def arena(self, size: int) -> Arena | None:
         """Pinned memory, none of it in use; None for none.
@@ -83,9 +90,22 @@ class PinnedPool:
             self._arena = Arena(size)
         return self._arena
 
+    def scratch(self, folder: Path | None, size: int) -> Scratch:
+        """A scratch file with room for so many bytes, as far as the disk has room; it grows where more are needed.
+
+        Reserving room all at once takes less time than piece by piece, while the disk is busy with what was written.
+        """
+        if self._scratch is None or self._scratch.folder != folder:
+            self._scratch = Scratch(folder)
+        try:
+            self._scratch.reserve(size)
+        except OSError as error:
+            log.debug("%s: no room for %.1f GiB at once", error, size / GIB)
+        return self._scratch
+
     def close(self) -> None:
-        """Give it back, as soon as nothing lies there any more."""
-        self._arena = None
+        """Give both back, as soon as nothing lies there any more."""
+        self._arena = self._scratch = None
 
 
 @dataclass(frozen=True)
@@ -97,13 +117,13 @@ class MemoryBudget:
             free.
         host_bytes: for the whole process; None: most of what is free, for captured data.
         folder: for files of captured data, which are removed with the calibration; None: the system's temporary one.
-        pool: the pinned memory, which one phase leaves to the next.
+        pool: places that one phase leaves to the next.
     """
 
     gpu_bytes: int | None = None
     host_bytes: int | None = None
     folder: Path | None = None
-    pool: PinnedPool = field(default_factory=PinnedPool, compare=False, repr=False)
+    pool: PlacesPool = field(default_factory=PlacesPool, compare=False, repr=False)
 
 
 def sets_rounding_aside(budget: MemoryBudget | None) -> bool:
@@ -405,8 +425,9 @@ class MemoryPlan:
         Raises:
             BudgetError: files have no room for what must lie there in any case.
         """
-        folder = self.budget.folder
-        room = free_file_bytes(folder)
+        folder, held = self.budget.folder, self.budget.pool.file_bytes
+        free = free_file_bytes(folder)
+        room = free + held
         if self.file_bytes > room:
             raise BudgetError(
                 f"captured data need {self.file_bytes / GIB:.1f} GiB in files, and {_folder_of_files(folder)} has room "
@@ -414,7 +435,7 @@ class MemoryPlan:
             )
         each = stage_seconds(self.chunk)
         # Where there is no room for the probe, no file to speak of has room either.
-        rates = file_rates(folder) if room >= _PROBE_BYTES else FileRates(_UNKNOWN_RATE, _UNKNOWN_RATE)
+        rates = file_rates(folder) if free >= _PROBE_BYTES else FileRates(_UNKNOWN_RATE, _UNKNOWN_RATE)
         on_disk = dataclasses.replace(
             self,
             pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),
@@ -422,7 +443,7 @@ class MemoryPlan:
             file_room=room,
             file_rate=rates.disk,
         )
-        budgeted = max(0, self.host_bytes - self.budget.pool.size)
+        budgeted = max(0, self.host_bytes - self.budget.pool.pinned_bytes)
         cache = min(room, int(_CACHE_SHARE * max(0, free_host_bytes() - budgeted)))
         if self.file_bytes > cache:
             return on_disk
@@ -746,15 +767,16 @@ class Storage:
             ) from error
 
     @functools.cached_property
-    def _scratch(self) -> Scratch:
-        return Scratch(self.plan.budget.folder)
+    def _scratch(self) -> Scratch | None:
+        size, budget = int(_ARENA_SLACK * self.plan.file_bytes), self.plan.budget
+        return budget.pool.scratch(budget.folder, size) if size else None
 
     def shelf(self) -> Shelf:
         """A place for features."""
         return Shelf(self.plan.features, compact=self.plan.compact, arena=self.arena)
 
     def files(self) -> Shelf:
-        """A place in files."""
+        """A place in files, where some features are to wait there."""
         return Shelf(self.plan.features, compact=self.plan.compact, scratch=self._scratch)
 
     def collector(self, unit: Any) -> Collector:
@@ -766,7 +788,7 @@ class Storage:
             compact=plan.compact,
             pinned=plan.pinned_rows(unit.path),
             ring=plan.ring_rows,
-            folder=plan.budget.folder,
+            scratch=self._scratch,
             arena=self.arena,
         )
 
@@ -774,8 +796,8 @@ class Storage:
 def _host_room(budget: MemoryBudget, beside: int) -> int:
     """Bytes of host memory for captured data, beside what the process takes and will take in any case."""
     if budget.host_bytes is None:
-        return max(0, int(HOST_SHARE * (free_host_bytes() + budget.pool.size)) - beside)
-    there = resident_bytes() - budget.pool.size + _LOADED_LATER + beside
+        return max(0, int(HOST_SHARE * (free_host_bytes() + budget.pool.pinned_bytes)) - beside)
+    there = resident_bytes() - budget.pool.pinned_bytes + _LOADED_LATER + beside
     if there > budget.host_bytes:
         log.warning(
             "the process takes %.1f of the %.1f GiB of host memory allowed, without any captured data",

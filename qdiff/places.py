@@ -94,43 +94,68 @@ class Shelf:
         return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
 
 
-class _Nameless:
-    """An open file that nobody finds and that is gone with its holders.
+class Scratch:
+    """A file without a name, in which features and rows wait side by side, and which is gone with its holders.
+
+    It grows as far as it has to, and does not shrink: the system waits for what it is just writing before it gives
+    room on the disk back, and has to find that room again for what comes next.
 
     Args:
         folder: where it is; None: the system's temporary one.
+
+    Attributes:
+        size: bytes, for which the disk has room.
     """
 
     def __init__(self, folder: Path | None):
+        self.folder, self.size = folder, 0
         self._place = str(folder or tempfile.gettempdir())
         self._handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
         os.unlink(name)
         weakref.finalize(self, os.close, self._handle)
+        self._free = Stretches()
+        self._gone: deque[tuple[int, int, list[Future[None]]]] = deque()  # sections that may still be written to
 
-    def reserve(self, offset: int, size: int) -> None:
-        """See to it that there is room on the disk for a stretch of it, in bytes.
+    def reserve(self, size: int) -> None:
+        """See to it that there is room on the disk for so many bytes in all.
 
         Raises:
             OSError: the disk is full; found out here, not by a signal when the memory is read.
         """
+        more = size - self.size
+        if more <= 0:
+            return
         try:
-            os.posix_fallocate(self._handle, offset, size)
+            os.posix_fallocate(self._handle, self.size, more)
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._place) from error
+        self._free.give_back(self.size, more)
+        self.size = size
 
-    def piece(self, offset: int, size: int) -> Piece:
-        """A stretch of it, in bytes."""
-        return Piece(self._handle, offset, size, self._place, holder=self)
+    def section(self, size: int, *, from_top: bool = False) -> Section:
+        """So many bytes of it.
 
+        Args:
+            from_top: the highest place that is free instead of the lowest: what lives long and what lives short then do
+                not end up between one another.
 
-class Scratch(_Nameless):
-    """A file without a name, in which features wait: it grows as far as it has to, and goes with the last of them."""
-
-    def __init__(self, folder: Path | None):
-        super().__init__(folder)
-        self._size = 0
-        self._free = Stretches()
-        self._gone: deque[tuple[int, int, list[Future[None]]]] = deque()  # pieces that may still be written to
+        Raises:
+            OSError: the disk is full.
+        """
+        size = _whole_pages(size)
+        for _ in range(len(self._gone)):
+            gone = self._gone.popleft()
+            if all(task.done() for task in gone[2]):
+                self._free.give_back(gone[0], gone[1])
+            else:
+                self._gone.append(gone)
+        if self._free.longest < size:
+            self.reserve(self.size + size - self._free.ending_at(self.size))
+        offset = self._free.take(size, from_top=from_top)
+        assert offset is not None  # there is a stretch of that length now
+        section = Section(self, self._handle, offset, self._place)
+        weakref.finalize(section, self._gone.append, (offset, size, section.pending)).atexit = False
+        return section
 
     def store(self, x: Tensor) -> Filed:
         """Have a tensor written.
@@ -138,26 +163,32 @@ class Scratch(_Nameless):
         Raises:
             OSError: the disk is full.
         """
-        size = _whole_pages(x.numel() * x.element_size())
-        offset = self._taken(size)
-        piece = self.piece(offset, x.numel() * x.element_size())
+        size = x.numel() * x.element_size()
+        piece = self.section(size).to_write(0, size)
         block_io().write(piece, _flat(x))
-        filed = Filed(piece, x)
-        weakref.finalize(filed, self._gone.append, (offset, size, piece.pending)).atexit = False
-        return filed
+        return Filed(piece, x)
 
-    def _taken(self, size: int) -> int:
-        for _ in range(len(self._gone)):
-            piece = self._gone.popleft()
-            if all(task.done() for task in piece[2]):
-                self._free.give_back(piece[0], piece[1])
-            else:
-                self._gone.append(piece)
-        offset = self._free.take(size)
-        if offset is None:
-            offset, self._size = self._size, self._size + size
-            self.reserve(offset, size)
-        return offset
+
+class Section:
+    """A part of a scratch file: free again when nobody holds it any more and all of it is written.
+
+    Attributes:
+        offset: where it begins in the file.
+        pending: what is being written.
+    """
+
+    def __init__(self, scratch: Scratch, handle: int, offset: int, place: str):
+        self.handle, self.offset = handle, offset
+        self.pending: list[Future[None]] = []
+        self._scratch, self._place = scratch, place  # the file lives as long as this
+
+    def to_write(self, offset: int, size: int) -> Piece:
+        """A stretch of it, in bytes, which is read when all that was being written to the section is there."""
+        return Piece(self.handle, self.offset + offset, size, self._place, holder=self, pending=self.pending)
+
+    def to_read(self, offset: int, size: int) -> Piece:
+        """A stretch of it, in bytes, that is written."""
+        return Piece(self.handle, self.offset + offset, size, self._place, holder=self)
 
 
 class Filed:
@@ -180,8 +211,8 @@ class Filed:
         return _laid_out_like(block_io().read(self.piece, flat), self._like)
 
 
-class File(_Nameless):
-    """A file without a name, for rows, which goes with whoever holds it or a tensor that is mapped to it.
+class File:
+    """A part of a scratch file for rows, which goes with whoever holds it or a tensor that is mapped to it.
 
     It is mapped for those who want single rows, and written by calls: writing to mapped memory goes page by page
     through the system, several times as slow.
@@ -190,14 +221,12 @@ class File(_Nameless):
         OSError: the disk is full.
     """
 
-    def __init__(self, size: int, folder: Path | None):
-        super().__init__(folder)
-        self.reserve(0, max(1, size))
-        self._pending: list[Piece] = []
+    def __init__(self, size: int, scratch: Scratch):
+        self._section = scratch.section(size, from_top=True)
 
     def mapped(self, count: int, dtype: torch.dtype) -> Tensor:
         """So many values from its beginning. To be asked for once."""
-        mapping = mmap.mmap(self._handle, count * dtype.itemsize)
+        mapping = mmap.mmap(self._section.handle, count * dtype.itemsize, offset=self._section.offset)
         flat = torch.frombuffer(mapping, dtype=dtype, count=count)
         _MAPPED[flat.data_ptr()] = self
         weakref.finalize(mapping, _MAPPED.pop, flat.data_ptr(), None).atexit = False  # torch holds on to the mapping
@@ -205,19 +234,23 @@ class File(_Nameless):
 
     def write(self, offset: int, values: Tensor) -> None:
         """Have values in one row written, at a number of bytes from its beginning."""
-        piece = self.piece(offset, values.numel() * values.element_size())
-        block_io().write(piece, values)
-        self._pending = [other for other in self._pending if not other.is_written] + [piece]
+        pending = self._section.pending
+        pending[:] = [task for task in pending if not task.done() or task.exception()]
+        block_io().write(self._section.to_write(offset, values.numel() * values.element_size()), values)
 
     def written(self) -> None:
         """Wait until all of it is there."""
-        for piece in self._pending:
-            piece.written()
-        self._pending = []
+        for task in self._section.pending:
+            task.result()
+        self._section.pending.clear()
+
+    def piece(self, offset: int, size: int) -> Piece:
+        """A stretch of it, in bytes, that is written."""
+        return self._section.to_read(offset, size)
 
     def read(self, offset: int, out: Tensor) -> None:
         """Fill a dense tensor on the host from a number of bytes on. Any thread may do so."""
-        flat = out.as_strided((out.numel(),), (1,)).view(torch.uint8)
+        flat = _as_it_lies(out).view(torch.uint8)
         read_at_once(self.piece(offset, flat.numel()), flat)
 
 
@@ -242,7 +275,7 @@ def _offset_in_file(x: Tensor) -> int:
 
 
 def read_filed(x: Tensor, out: Tensor) -> None:
-    """Copy what lies in a file, one behind the other in memory, to where it shall lie on the host."""
+    """Copy what lies in a file, one behind the other in memory, to where it shall lie on the host, by calls."""
     file = _file_of(x)
     if file is None:
         out.copy_(x)
@@ -261,9 +294,14 @@ def fetched(x: Any, device: torch.device) -> Tensor:
     file = _file_of(x)
     if file is None or device.type == "cpu":
         return x.to(device)
-    out = torch.empty_like(x, device=device)  # one row after the other, there as here
-    block_io().read(file.piece(_offset_in_file(x), x.numel() * x.element_size()), out.view(-1))
+    out = torch.empty_like(x, device=device)  # dense, in the order in which it lies in the file
+    block_io().read(file.piece(_offset_in_file(x), x.numel() * x.element_size()), _as_it_lies(out))
     return out
+
+
+def _as_it_lies(x: Tensor) -> Tensor:
+    """The values of a dense tensor in one row."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 def released(x: Tensor) -> None:
@@ -298,7 +336,7 @@ class _Layout:
     pinned: int
     ring: int
     compact: bool
-    folder: Path | None
+    scratch: Scratch | None
     arena: Arena | None
 
     @property
@@ -314,7 +352,7 @@ class Collector:
         rows: how many will come; near: how many of them stay on the device they come from.
         compact: in half precision.
         pinned: how many of the others wait in host memory, out of ``arena`` where they come from a GPU; None for all.
-            The last ones wait in a file in ``folder``.
+            The last ones wait in ``scratch``.
         ring: room for so many rows behind the pinned ones, where some wait in a file: they are read to there.
     """
 
@@ -326,13 +364,13 @@ class Collector:
         compact: bool,
         pinned: int | None = None,
         ring: int = 0,
-        folder: Path | None = None,
+        scratch: Scratch | None = None,
         arena: Arena | None = None,
     ):
         self.rows = rows
         near = min(near, rows)
         pinned = rows - near if pinned is None else min(pinned, rows - near)
-        self._layout = _Layout(rows, near, pinned, ring, compact, folder, arena)
+        self._layout = _Layout(rows, near, pinned, ring, compact, scratch, arena)
         self.filled = 0
         self._stores: list[_RowStore] = []
 
@@ -431,7 +469,8 @@ class _RowStore:
         if not count:
             return torch.empty(0, self.length, dtype=self.dtype)
         values = count * self.length
-        self._file = File(values * self.dtype.itemsize, self.layout.folder)
+        assert self.layout.scratch is not None  # as the layout has rows that are to wait there
+        self._file = File(values * self.dtype.itemsize, self.layout.scratch)
         return self._file.mapped(values, self.dtype).view(count, self.length)
 
     def _pinned(self, count: int) -> Tensor:

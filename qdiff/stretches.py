@@ -25,6 +25,10 @@ class Stretches:
         """The longest stretch that is free."""
         return max((length for _, length in self._free), default=0)
 
+    def ending_at(self, end: int) -> int:
+        """How long the free stretch is that ends at an offset; 0 for none."""
+        return next((length for offset, length in self._free if offset + length == end), 0)
+
     def take(self, size: int, *, from_top: bool = False) -> int | None:
         """Where a piece begins that is free no more; None where no stretch is long enough.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qdiff import memory
 from qdiff.calibrate import calibrate
+from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.memory import (
     Boundary,
@@ -28,7 +29,7 @@ from qdiff.memory import (
     Kept,
     MemoryBudget,
     MemoryPlan,
-    PinnedPool,
+    PlacesPool,
     Sizes,
     connection_origins,
     measure,
@@ -329,28 +330,28 @@ def test_pinned_memory_that_is_not_to_be_had_is_an_error(monkeypatch: pytest.Mon
 
 def test_one_phase_leaves_its_pinned_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "Arena", lambda size: Arena(size, pinned=False))
-    pool = PinnedPool()
+    pool = PlacesPool()
     assert pool.arena(0) is None
     first = pool.arena(2**20)
     assert pool.arena(2**19) is first
     assert pool.arena(2**20) is first
-    assert pool.size == first.size == 2**20
+    assert pool.pinned_bytes == first.size == 2**20
     piece = first.empty((5,), torch.float32).fill_(3)
     second = pool.arena(2**19)  # something lies in the first one still
     assert second is not first
-    assert pool.size == 2**19
+    assert pool.pinned_bytes == 2**19
     assert bool((piece == 3).all())
     larger = pool.arena(2**20)
     assert larger is not second
     pool.close()
-    assert pool.size == 0
+    assert pool.pinned_bytes == 0
 
 
 def test_pinned_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in use by the process, and there for the next phase."""
     monkeypatch.setattr(memory, "Arena", lambda size: Arena(size, pinned=False))
     monkeypatch.setattr(memory, "_LOADED_LATER", 0)
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 3 * 10**6 + limited.pool.size)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 3 * 10**6 + limited.pool.pinned_bytes)
     limited = MemoryBudget(host_bytes=5 * 10**6)
     before = memory._host_room(limited, 0)
     limited.pool.arena(2**20)
@@ -590,6 +591,51 @@ def test_a_file_of_features_is_used_again(tmp_path: Path) -> None:
     assert scratch.store(pages[0]).piece.offset == 3 * mmap.PAGESIZE
 
 
+def test_rows_lie_at_the_end_of_the_file_and_features_at_its_beginning(tmp_path: Path) -> None:
+    page, scratch = mmap.PAGESIZE, Scratch(tmp_path)
+    scratch.reserve(8 * page)
+    filed = scratch.store(torch.ones(1, page // 4))
+    rows = File(3 * page, scratch)
+    mapped = rows.mapped(3 * page // 4, torch.float32)
+    rows.write(0, torch.arange(3 * page // 4).float())
+    rows.written()
+    assert (filed.piece.offset, rows.piece(0, 1).offset, scratch.size) == (0, 5 * page, 8 * page)
+    assert torch.equal(mapped, torch.arange(3 * page // 4).float())
+    del rows
+    assert scratch.section(5 * page).offset == 8 * page  # a tensor is still mapped there
+    del mapped
+    assert scratch.section(5 * page).offset == page
+
+
+def test_a_file_grows_by_no_more_than_it_has_to(tmp_path: Path) -> None:
+    page, scratch = mmap.PAGESIZE, Scratch(tmp_path)
+    sections = [scratch.section(2 * page) for _ in range(2)]
+    del sections[1]
+    assert scratch.section(3 * page).offset == 2 * page
+    assert scratch.size == 5 * page
+    scratch.reserve(4 * page)
+    assert scratch.size == 5 * page
+
+
+def test_one_phase_leaves_its_file_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = PlacesPool()
+    first = pool.scratch(tmp_path, 3 * mmap.PAGESIZE)
+    assert pool.scratch(tmp_path, mmap.PAGESIZE) is first
+    assert pool.file_bytes == first.size == 3 * mmap.PAGESIZE
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        assert pool.scratch(tmp_path, 9 * mmap.PAGESIZE).size == first.size  # what has room comes in yet
+    other = tmp_path / "other"
+    other.mkdir()
+    assert pool.scratch(other, 0) is not first
+    pool.close()
+    assert pool.file_bytes == 0
+
+
 def test_values_beyond_half_precision_stay_in_full() -> None:
     x = torch.tensor([[1.0, 70_000.0]])
     assert torch.equal(Shelf("host", compact=True).keep(x), x)
@@ -601,7 +647,7 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left") as error:
-        File(16, tmp_path)
+        File(16, Scratch(tmp_path))
     assert error.value.filename == str(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -610,7 +656,7 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("pinned", [None, 0, 1, 2])
 def test_collected_rows_lie_near_and_far(near: int, pinned: int | None, tmp_path: Path) -> None:
     x, t = torch.randn(7, 2, 3, 3), torch.arange(7)
-    collector = Collector(7, near, compact=False, pinned=pinned, ring=5, folder=tmp_path)
+    collector = Collector(7, near, compact=False, pinned=pinned, ring=5, scratch=Scratch(tmp_path))
     for part in (slice(0, 3), slice(3, 6), slice(6, 7)):
         collector.add((x[part], t[part]))
     rows = collector.parts()
@@ -621,8 +667,8 @@ def test_collected_rows_lie_near_and_far(near: int, pinned: int | None, tmp_path
         assert torch.equal(rows.room[number][:far], rows.far[number])
 
 
-def test_a_collector_widens_when_it_must() -> None:
-    collector = Collector(4, 2, compact=True, pinned=1)
+def test_a_collector_widens_when_it_must(tmp_path: Path) -> None:
+    collector = Collector(4, 2, compact=True, pinned=1, scratch=Scratch(tmp_path))
     collector.add((torch.ones(2, 2),))
     collector.add((torch.tensor([[1e5, 2.0], [3.0, 4.0]]),))
     (near,), (far,), (filed,), _ = collector.parts()
@@ -634,7 +680,7 @@ def test_a_collector_widens_when_it_must() -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_rows_become_others_where_they_lie(near: int, pinned: int | None, chunk: int, tmp_path: Path) -> None:
     x, t = torch.randn(7, 2, 3, 3), torch.arange(7)
-    collector = Collector(7, near, compact=False, pinned=pinned, ring=5, folder=tmp_path)
+    collector = Collector(7, near, compact=False, pinned=pinned, ring=5, scratch=Scratch(tmp_path))
     collector.add((x, t))
     before = collector.parts()
     old = x.clone()
@@ -654,8 +700,8 @@ def test_rows_become_others_where_they_lie(near: int, pinned: int | None, chunk:
     assert [len(part[0]) for part in after] == [len(part[0]) for part in before]  # the ring too
 
 
-def test_rows_that_become_too_large_for_half_precision_widen() -> None:
-    collector = Collector(4, 2, compact=True, pinned=1)
+def test_rows_that_become_too_large_for_half_precision_widen(tmp_path: Path) -> None:
+    collector = Collector(4, 2, compact=True, pinned=1, scratch=Scratch(tmp_path))
     collector.add((torch.tensor([[1.0], [2.0], [3.0], [4.0]]),))
     collector.become(lambda start, tensors: (tensors[0] * (1.0 if start == 0 else 1e5),), 1)
     (near,), (far,), (filed,), _ = collector.parts()
@@ -666,7 +712,7 @@ def test_rows_that_become_too_large_for_half_precision_widen() -> None:
 def test_files_are_written_in_blocks(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdiff.block_io.BLOCK", block)
     x = torch.randn(3, 5, 7)
-    file = File(4 * (2 + x.numel()), tmp_path)
+    file = File(4 * (2 + x.numel()), Scratch(tmp_path))
     file.write(8, x.flatten())
     file.written()
     out = torch.empty(5, 3, 7).permute(1, 0, 2)  # dense, in another order of axes
@@ -680,9 +726,9 @@ def test_files_are_written_in_blocks(block: int, tmp_path: Path, monkeypatch: py
 
 
 def test_a_file_that_has_become_short_is_an_error(tmp_path: Path) -> None:
-    file = File(64, tmp_path)
+    file = File(64, Scratch(tmp_path))
     with pytest.raises(OSError, match="Input/output") as error:
-        file.read(32, torch.empty(100))
+        file.read(32, torch.empty(mmap.PAGESIZE // 4))
     assert error.value.filename == str(tmp_path)
 
 
@@ -703,7 +749,7 @@ def test_what_lies_in_files_is_not_the_processs_memory(tmp_path: Path) -> None:
     """Written and read, 64 MB; the contents stay."""
     x = torch.arange(16 * 2**20, dtype=torch.float32)
     before = memory.resident_bytes()
-    file = File(4 * x.numel(), tmp_path)
+    file = File(4 * x.numel(), Scratch(tmp_path))
     file.write(0, x)
     file.written()
     kept = file.mapped(x.numel(), torch.float32)
@@ -712,6 +758,14 @@ def test_what_lies_in_files_is_not_the_processs_memory(tmp_path: Path) -> None:
     assert memory.resident_bytes() - before > 2**25  # as a process sees it that reads and does not let go
     released(kept)
     assert memory.resident_bytes() - before < 2**24
+    rows = kept.view(16, -1)
+    data = UnitData((rows[:0],), rows[:0], UnitData((rows,), rows))
+    for number in torch.arange(16).split(1):
+        (found,), target = data.rows(number, torch.device("cpu"))
+        assert torch.equal(found, x.view(16, -1)[number])
+        assert torch.equal(target, found)
+        del found, target
+    assert memory.resident_bytes() - before < 2**25
     assert torch.equal(kept, x)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qdiff.capture import UnitData, unit_data
-from qdiff.places import RING_STRETCHES, STRETCH, Collector
+from qdiff.places import RING_STRETCHES, STRETCH, Collector, Scratch
 from qdiff.read_ahead import ReadAhead
 from qdiff.reconstruction import draw_batches
 
@@ -24,7 +24,8 @@ RING = RING_STRETCHES * STRETCH * BATCH
 def split_data(folder: Path, near: int = NEAR, pinned: int = PINNED) -> tuple[UnitData, Tensor, Tensor]:
     """A unit's rows in three places, and the same in one."""
     x, y = torch.randn(ROWS, 3, 4, 4), torch.randn(ROWS, 5)
-    collectors = [Collector(ROWS, near, compact=False, pinned=pinned, ring=RING, folder=folder) for _ in range(2)]
+    scratch = Scratch(folder)
+    collectors = [Collector(ROWS, near, compact=False, pinned=pinned, ring=RING, scratch=scratch) for _ in range(2)]
     for rows in torch.arange(ROWS).split(7):
         for collector, whole in zip(collectors, (x, y), strict=True):
             collector.add((whole[rows],))

@@ -24,7 +24,7 @@ from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.graphs import holding_garbage
 from qdiff.learners import Schedule, rounding_schedule
 from qdiff.pinned import Arena
-from qdiff.places import RING_STRETCHES, STRETCH, Collector
+from qdiff.places import RING_STRETCHES, STRETCH, Collector, Scratch
 from qdiff.primitives import SMALLEST_DELTA
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, Unit
@@ -650,10 +650,10 @@ def test_graphs_learn_what_single_iterations_learn(phase: str) -> None:
 def in_three_places(data: UnitData, folder: Path, pinned: int) -> UnitData:
     """A few rows on the GPU, some in pinned memory, the others in a file."""
     near, ring = 5, RING_STRETCHES * STRETCH * FAST.batch_size
-    arena = Arena(2**26)
+    arena, scratch = Arena(2**26), Scratch(folder)
     collectors = []
     for tensors in (data.inputs, (data.target,)):
-        collector = Collector(len(data), near, compact=False, pinned=pinned, ring=ring, folder=folder, arena=arena)
+        collector = Collector(len(data), near, compact=False, pinned=pinned, ring=ring, scratch=scratch, arena=arena)
         collector.add(tuple(x.cuda() for x in tensors))
         collectors.append(collector)
     return unit_data(*collectors, data.t)
@@ -696,7 +696,8 @@ def test_what_reads_ahead_does_not_keep_the_stage_that_it_reads_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("qdiff.reconstruction.side_stream", lambda *_, **__: None)
-    collectors = [Collector(9, 2, compact=False, pinned=3, ring=90, folder=tmp_path) for _ in range(2)]
+    scratch = Scratch(tmp_path)
+    collectors = [Collector(9, 2, compact=False, pinned=3, ring=90, scratch=scratch) for _ in range(2)]
     for collector in collectors:
         collector.add((torch.randn(9, 4),))
     data = unit_data(*collectors)
