@@ -1,15 +1,16 @@
-"""How long fused attention takes with PyTorch's own kernel and with cuDNN's, forward and backward, on a GPU.
+"""How long fused attention takes with PyTorch's own kernel, with cuDNN's, and with the one that PyTorch chooses.
 
     python benchmarks/attention_kernels.py
 
 In the shapes of Stable Diffusion's transformers, 8 images of 64 x 64 latents, 8 heads, as its layers lay them out:
-self-attention over three sizes of feature map, and attention to 77 tokens. The error is that of the output against
-double precision.
+self-attention over three sizes of feature map, and attention to 77 tokens; forward and backward, on a GPU. The error is
+that of the output against double precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ from qdiff.evaluation.variants import markdown_table
 
 IMAGES, HEADS, TOKENS = 8, 8, 77
 MAPS = ((64 * 64, 40), (32 * 32, 80), (16 * 16, 160))  # positions, channels of a head
-KERNELS = {"PyTorch's": SDPBackend.FLASH_ATTENTION, "cuDNN's": SDPBackend.CUDNN_ATTENTION}
+KERNELS = {"PyTorch's": SDPBackend.FLASH_ATTENTION, "cuDNN's": SDPBackend.CUDNN_ATTENTION, "chosen": None}
 
 
 def main() -> None:
@@ -46,13 +47,13 @@ def main() -> None:
 
 
 def measured(
-    kernel: SDPBackend, dtype: torch.dtype, positions: int, length: int, channels: int, repeats: int
+    kernel: SDPBackend | None, dtype: torch.dtype, positions: int, length: int, channels: int, repeats: int
 ) -> tuple[str, str]:
     """Milliseconds forward and backward, and the output's relative error."""
     q, grad = heads(positions, channels, dtype, seed=0), heads(positions, channels, dtype, seed=1)
     k, v = (heads(length, channels, dtype, seed=seed) for seed in (2, 3))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    with sdpa_kernel(kernel):
+    with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
         try:
             out = F.scaled_dot_product_attention(q, k, v)
         except RuntimeError as error:  # no such kernel for this shape, this GPU or this build

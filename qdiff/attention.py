@@ -31,15 +31,6 @@ from qdiff import fused
 LARGEST_MAP = 2 * 2**30  # bytes of a softmax map, in float32, that a calibration keeps whole
 PART_OF_MAP = 2**29  # what it keeps at a time of a larger one
 UNQUANTIZED_MAP = 16  # bits of a softmax map that stand for no quantization
-# Positions that are attended to: with so many cuDNN's kernel is the quicker one on an H200, with 77 tokens PyTorch's
-# own is (what benchmarks/attention_kernels.py compares).
-_WORTH_CUDNN = 256
-_CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 _in_half = contextvars.ContextVar("_in_half", default=False)
 _sparing = contextvars.ContextVar("_sparing", default=False)
 _unfused = contextvars.ContextVar("_unfused", default=False)
@@ -114,20 +105,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return by_heads(F.scaled_dot_product_attention, q, k, v, map_values=q[..., 0].numel() * k.shape[2])
     wanted = _as_if_learning.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if not (wanted and _in_half.get() and q.dtype is torch.float32):
-        return _fused(q, k, v) if wanted else F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
     # Only the product of q and k matters: they share its size evenly.
     shift = ((_exponent(k) - _exponent(q)) / 2).round()
     scales = _Scales(down=-_exponent(v))
     halves = (_ToHalf.apply(x, e, scales) for x, e in ((q, shift), (k, -shift), (v, scales.down)))
-    return _ToFull.apply(_fused(*halves), scales)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """By cuDNN's kernel where one serves and many positions are attended to, of PyTorch's own where few are."""
-    if q.device.type != "cuda" or k.shape[2] < _WORTH_CUDNN:
-        return F.scaled_dot_product_attention(q, k, v)
-    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v)
+    return _ToFull.apply(F.scaled_dot_product_attention(*halves), scales)
 
 
 @dataclass
