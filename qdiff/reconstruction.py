@@ -56,10 +56,11 @@ Phase = Literal["weights", "activations"]
 
 FIXED_BATCH = 64  # samples of the batch on which a unit's loss is reported
 TRACE_POINTS = 20  # of each unit, where the loop looks at itself
+_FEW_POINTS = 4  # of a unit whose iterations stand for many more: looks would be a large part of their time
 DIVERGED = 100.0  # times the loss of rounding to nearest (or of the first ranges): no use going on
 RETRY_RATE = 0.1  # of the learning rate, the second time
 _WORTH_TUNING = 4000  # iterations from which trying all convolution algorithms is taken to pay
-_ALWAYS_TUNED = contextvars.ContextVar("_ALWAYS_TUNED", default=False)
+_STAND_FOR_MANY = contextvars.ContextVar("_STAND_FOR_MANY", default=False)
 _UNROLL = STRETCH  # iterations a CUDA graph
 _GRAPH_WARMUP = 3  # iterations before one is captured, for allocators and autotuning
 
@@ -83,6 +84,14 @@ class TracePoint(NamedTuple):
     steps: tuple[float, ...]
 
 
+def looks(iterations: int, points: int = TRACE_POINTS) -> list[int]:
+    """After which iterations an optimisation of so many is looked at."""
+    every = max(1, -(-iterations // points))
+    if every > _UNROLL:
+        every = -(-every // _UNROLL) * _UNROLL
+    return [*range(every, iterations, every), iterations]
+
+
 @dataclass(frozen=True)
 class UnitReport:
     """What became of one unit in one phase; losses on one fixed batch, without the regulariser.
@@ -95,7 +104,8 @@ class UnitReport:
         peak_gpu_bytes, peak_host_bytes: the most memory that was in use meanwhile.
         trace: looks at the optimisation.
         loop_seconds: of ``seconds``, what the iterations took; the rest is preparation and measuring.
-        iteration_seconds: of one of them, counted behind the first look, before which a GPU takes in what it will play.
+        iteration_seconds: of one of them, counted behind the first look, before which a GPU takes in what it will play,
+            and without looks; look_seconds: of one of these.
     """
 
     name: str
@@ -113,6 +123,7 @@ class UnitReport:
     loop_seconds: float = 0.0
     peak_host_bytes: int = 0
     iteration_seconds: float = 0.0
+    look_seconds: float = 0.0
 
 
 def reconstruct_weights(unit: Unit, data: UnitData, config: CalibrationConfig, *, seed: int) -> UnitReport:
@@ -178,6 +189,7 @@ class _Result(NamedTuple):
     trace: tuple[TracePoint, ...]
     loop_seconds: float = 0.0
     iteration_seconds: float = 0.0
+    look_seconds: float = 0.0
 
 
 def _learn(
@@ -251,6 +263,7 @@ def _report(unit: Unit, phase: Phase, iterations: int, before: float, result: _R
         result.loop_seconds,
         host_peak_bytes(),
         result.iteration_seconds,
+        result.look_seconds,
     )
 
 
@@ -318,13 +331,16 @@ def capturing(config: CalibrationConfig) -> CalibrationConfig:
 
 
 @contextlib.contextmanager
-def always_tuned() -> Iterator[None]:
-    """Search for the fastest convolutions in short optimisations too: to time a few iterations of a long one."""
-    token = _ALWAYS_TUNED.set(True)
+def standing_for_many() -> Iterator[None]:
+    """Inside the ``with`` block few iterations are timed that stand for a long optimisation.
+
+    The fastest convolutions are searched for, as there, and looks are as far apart as few iterations allow.
+    """
+    token = _STAND_FOR_MANY.set(True)
     try:
         yield
     finally:
-        _ALWAYS_TUNED.reset(token)
+        _STAND_FOR_MANY.reset(token)
 
 
 @contextlib.contextmanager
@@ -340,7 +356,7 @@ def arithmetic(config: CalibrationConfig, device: torch.device, *, repeats: int 
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     matmul.allow_tf32 = cudnn.allow_tf32 = config.precision != "fp32" and config.engine != "eager"
-    often = repeats >= _WORTH_TUNING or (repeats and _ALWAYS_TUNED.get())
+    often = repeats >= _WORTH_TUNING or (repeats and _STAND_FOR_MANY.get())
     cudnn.benchmark = bool(often and not config.deterministic)
     cudnn.deterministic = config.deterministic
     kernels = fused.plain_pytorch() if config.engine == "eager" else contextlib.nullcontext()
@@ -407,17 +423,18 @@ class _Loop:
         self.draws = WORKERS.share(draws).contiguous().to(self.device)
         self.losses = torch.zeros(iterations, device=self.device)
         self.trace: list[TracePoint] = []
-        self.clock: list[float] = []  # at the start and at every look
+        self.advancing: list[float] = []  # seconds up to every look
+        self.looking: list[float] = []  # and of the look
 
-    def account(self) -> tuple[tuple[TracePoint, ...], float, float]:
-        """The looks, the seconds of all iterations, and those of one behind the first look. 0 where it broke off."""
-        looks = self._looks()
-        if len(self.clock) <= len(looks):
-            return tuple(self.trace), 0.0, 0.0
-        start, first, last = self.clock[0], self.clock[1], self.clock[-1]
-        if len(looks) == 1:
-            return tuple(self.trace), last - start, (last - start) / self.iterations
-        return tuple(self.trace), last - start, (last - first) / (self.iterations - looks[0])
+    def account(self) -> tuple[tuple[TracePoint, ...], float, float, float]:
+        """The looks, the seconds of all, of an iteration behind the first look, and of a look. 0 where it broke off."""
+        stops = self._looks()
+        if len(self.looking) < len(stops):
+            return tuple(self.trace), 0.0, 0.0, 0.0
+        whole, each = sum(self.advancing) + sum(self.looking), sum(self.looking) / len(stops)
+        if len(stops) == 1:
+            return tuple(self.trace), whole, self.advancing[0] / self.iterations, each
+        return tuple(self.trace), whole, sum(self.advancing[1:]) / (self.iterations - stops[0]), each
 
     def run(self) -> str:
         """All iterations. Returns what went wrong, empty where nothing did."""
@@ -426,15 +443,16 @@ class _Loop:
             # The stage has the buffers that graphs read and write.
             stage = held.enter_context(_Stage(self)) if graphs else None
             advance = self._eagerly if stage is None else stage.recorded(self._looks()).advance
-            done = 0
-            self.clock.append(self._now())
+            done, before = 0, self._now()
             for stop in self._looks():
                 advance(done, stop)
+                there = self._now()
                 problem = self._look(done, stop)
                 if problem:
                     return problem
-                done = stop
-                self.clock.append(self._now())
+                self.advancing.append(there - before)
+                done, before = stop, self._now()
+                self.looking.append(before - there)
         return ""
 
     def _now(self) -> float:
@@ -443,10 +461,7 @@ class _Loop:
         return time.perf_counter()
 
     def _looks(self) -> list[int]:
-        every = max(1, -(-self.iterations // TRACE_POINTS))
-        if every > _UNROLL:
-            every = -(-every // _UNROLL) * _UNROLL
-        return [*range(every, self.iterations, every), self.iterations]
+        return looks(self.iterations, _FEW_POINTS if _STAND_FOR_MANY.get() else TRACE_POINTS)
 
     def _look(self, done: int, stop: int) -> str:
         loss = WORKERS.total(self.losses[done:stop].clone()).mean().item()

@@ -82,7 +82,14 @@ from qdiff.inference import InferenceConfig, prepare, tf32, why_not_compiled
 from qdiff.memory import MemoryBudget
 from qdiff.primitives import reconstruction_loss, search_grid
 from qdiff.quant_model import QuantModel, Unit, evaluating
-from qdiff.reconstruction import Phase, UnitReport, always_tuned, reconstruct_activations, reconstruct_weights
+from qdiff.reconstruction import (
+    Phase,
+    UnitReport,
+    looks,
+    reconstruct_activations,
+    reconstruct_weights,
+    standing_for_many,
+)
 
 PROGRAM = "benchmark.py"
 CALIBRATION = importlib.import_module("qdiff.calibrate")  # the module; the package has a function of that name
@@ -398,8 +405,8 @@ class Breakdown:
         """As if every unit had been learned: those that were stand for all.
 
         Args:
-            iterations: phase -> how many it would have had, where not those that it had. What is done once a unit is
-                counted once.
+            iterations: phase -> how many it would have had, where not those that it had, and with them the looks at
+                them. What is done once a unit is counted once.
         """
         learned = [r for r in self.reports if r.name not in self.skipped]
         share = len(self.reports) / max(1, len(learned))
@@ -407,6 +414,7 @@ class Breakdown:
         for r in learned:
             if (wanted := iterations.get(r.phase)) and r.iterations:
                 more[r.phase] += r.iteration_seconds * (wanted - r.iterations)
+                more[r.phase] += r.look_seconds * (len(looks(wanted)) - len(r.trace))
         return dataclasses.replace(
             self,
             weights=(self.weights + more["weights"]) * share,
@@ -492,8 +500,8 @@ def extrapolation_note(parts: Breakdown, args: Any) -> str:
         f"An extrapolation, not a measurement: {args.iters} + {args.iters_a} iterations a unit ran, in "
         f"{parts.total:.1f} s altogether; the table has the time of {args.full_iters or args.iters} + "
         f"{args.full_iters_a or args.iters_a}, the further ones as long as those that ran, without a unit's "
-        "first twentieth, which takes longer. Convolutions were chosen by trying all, as in an optimisation of that "
-        "length."
+        "first quarter, which takes longer, and looks at them as many as there would be. Convolutions were chosen by "
+        "trying all, as in an optimisation of that length."
     )
     if failed:
         note += f" Not counted are {len(failed)} units that stopped before the end: {', '.join(failed)}."
@@ -549,8 +557,8 @@ def run_calibration(
             bar.update(progress.index + 1 - bar.n)
             on_unit(parts)
 
-        tuning = always_tuned() if long_ones else contextlib.nullcontext()
-        with clock.timing_ranges(qnn), only(chosen), heard(parts.plans), tuning:
+        as_many = standing_for_many() if long_ones else contextlib.nullcontext()
+        with clock.timing_ranges(qnn), only(chosen), heard(parts.plans), as_many:
             weights_done = only_phase == "activations"
             if weights_done:
                 qnn.find_weight_grids()

@@ -102,10 +102,15 @@ def test_iterations_are_extrapolated_from_those_that_ran() -> None:
     def report(name: str, phase: str, each: float) -> object:
         return benchmark.UnitReport(name, "layer", phase, 1, 10, 1.0, 1.0, 3.0, iteration_seconds=each)
 
+    def looked_at(report: object) -> object:
+        return dataclasses.replace(report, look_seconds=0.5, trace=(None,) * 4)
+
     reports = [report("a", "weights", 0.2), report("b", "weights", 0.1), report("a", "activations", 0.05)]
     parts = benchmark.Breakdown(setup=1.0, weights=6.0, activations=3.0, reports=reports)
     whole = parts.extrapolated({"weights": 100, "activations": None})
     assert (whole.setup, whole.weights, whole.activations) == (1.0, 6.0 + 0.2 * 90 + 0.1 * 90, 3.0)
+    looked = dataclasses.replace(parts, reports=[looked_at(reports[0]), *reports[1:]])
+    assert looked.extrapolated({"weights": 100}).weights == whole.weights + 0.5 * (20 - 4)
     half = dataclasses.replace(parts, skipped=frozenset("b")).extrapolated({"weights": 100})
     assert half.weights == (6.0 + 0.2 * 90) * 3 / 2  # two of three reports stand for all
     assert parts.extrapolated().total == parts.total
@@ -200,7 +205,10 @@ def test_latent_networks_are_calibrated_and_extrapolated(kind: str, latent, tmp_
     learned = [unit for unit in figures["units"] if unit["iterations"]]
     for phase, further in (("weights", 18), ("activations", 8)):
         mine = [unit for unit in learned if unit["phase"] == phase]
-        expected = sum(unit["seconds"] + further * unit["iteration_seconds"] for unit in mine)
+        looks = min(20, 2 + further) - 2
+        expected = sum(
+            unit["seconds"] + further * unit["iteration_seconds"] + looks * unit["look_seconds"] for unit in mine
+        )
         assert figures[phase] == pytest.approx(expected)
     assert figures["measured_s"] < figures["whole"]
 
