@@ -4,6 +4,8 @@ same bookkeeping on the same kind of memory."""
 from __future__ import annotations
 
 import gc
+import mmap
+import platform
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qdiff import pinned
+from qdiff.memory import resident_bytes
 from qdiff.pinned import ALIGNMENT, Arena
 
 
@@ -129,3 +133,28 @@ def test_a_gpu_takes_it_for_pinned() -> None:
     assert x.is_pinned()
     on_gpu = torch.randn(1000, device="cuda")
     assert torch.equal(x.copy_(on_gpu).cuda(), on_gpu)
+
+
+def linux_before(*version: int) -> bool:
+    release = platform.release().split("-")[0].split(".")
+    return platform.system() != "Linux" or tuple(map(int, release[:2])) < version
+
+
+@pytest.mark.skipif(linux_before(5, 14), reason="needs Linux 5.14")
+def test_memory_is_there_before_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "_PART", 2**22)
+    size = 2**26 + mmap.PAGESIZE
+    for populate, taken in ((lambda memory: None, range(2**24)), (pinned._populate, range(size - 2**24, size + 2**24))):
+        memory = pinned._in_large_pages(size)
+        before = resident_bytes()
+        populate(memory)
+        assert resident_bytes() - before in taken
+        assert not memory.any()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_populating_changes_nothing(shift: int) -> None:
+    """Also of memory that does not begin with a page."""
+    memory = pinned._in_large_pages(3 * mmap.PAGESIZE)[shift:].fill_(7)
+    pinned._populate(memory)
+    assert bool((memory == 7).all())
