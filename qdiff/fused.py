@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly: how they are tested there
+_WIDEST_ROW = 4096  # that one program holds while it normalises it
 _state = {"on": True}
 
 
@@ -129,15 +130,60 @@ class _NormSilu(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        from qdiff import triton_kernels
+
+        x = x.contiguous()
+        out, means, rstds = triton_kernels.layer_norm(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, means, rstds)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from qdiff import triton_kernels
+
+        return triton_kernels.layer_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None, None
+
+
+def layer_norm(norm: nn.Module, x: Tensor, *, for_products: bool) -> Tensor:
+    """Layer normalisation over the last axis: ... x C.
+
+    The kernel has no gradient for scale and shift, so it serves only where they ask for none.
+
+    Args:
+        for_products: nothing but layers takes the result: under autocast it comes in the type in which they would have
+            it, instead of in float32.
+    """
+    if not _can_normalise(norm, x):
+        return norm(x)
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device) if for_products else torch.float32
+    return _LayerNorm.apply(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def _can_normalise(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the kernel serves this call."""
+    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
+        return False
+    whole_rows = norm.weight.dim() == 1 and norm.weight.numel() <= _WIDEST_ROW
+    return whole_rows and _is_frozen(norm) and enabled(x.device) and x.numel() > 0
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    return not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
+
+
 def group_norm(norm: nn.Module, x: Tensor, *, silu: bool) -> Tensor:
     """Group normalisation of N x C x H x W, followed by SiLU where asked for.
 
     The kernel has no gradient for scale and shift, so it serves only where they ask for none.
     """
-    if type(norm) is nn.GroupNorm:  # not one wrapped for another precision
-        frozen = not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
-        if x.dim() == 4 and frozen and enabled(x.device):
-            return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+    unwrapped = type(norm) is nn.GroupNorm  # not one wrapped for another precision
+    if unwrapped and x.dim() == 4 and _is_frozen(norm) and enabled(x.device):
+        return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
     out = norm(x)
     return torch.nn.functional.silu(out) if silu else out
 
@@ -179,7 +225,7 @@ def gated_gelu(x: Tensor) -> Tensor:
 
 def can_gate(x: Tensor) -> bool:
     """Whether the kernel serves this call."""
-    return enabled(x.device) and x.dtype is torch.float32 and 0 < x.numel() < 2**31
+    return enabled(x.device) and x.dtype in (torch.float32, torch.bfloat16) and 0 < x.numel() < 2**31
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 _ELEMENTS = 1024  # of a flat tensor that one program works on
 _FAR_ELEMENTS, _FAR_PROGRAMS = 8192, 16  # the same where rows come over the bus: in flight are 16 x 16 KiB in float16
+_ROWS_ELEMENTS = 2048  # of whole rows that one program normalises
 _NORM_WHOLE = 1024  # of one group's values that are normalised by one program
 _NORM_ROWS, _NORM_WIDTH = 128, 32  # positions and channels that one program works on otherwise
 
@@ -130,8 +131,10 @@ def _gated_gelu_kernel(x, out, n, width, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     place = x + at + (at // width).to(tl.int64) * width  # each row of ``x`` has both halves
-    value, gate = tl.load(place, mask=mask, other=0.0), tl.load(place + width, mask=mask, other=0.0)
-    tl.store(out + at, value * (gate * 0.5 * (1.0 + tl.erf(gate * _HALF_ROOT))), mask=mask)
+    value = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+    y = value * (gate * 0.5 * (1.0 + tl.erf(gate * _HALF_ROOT)))
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -139,16 +142,17 @@ def _gated_gelu_backward_kernel(grad, x, grad_x, n, width, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     offset = at + (at // width).to(tl.int64) * width
-    g = tl.load(grad + at, mask=mask, other=0.0)
-    value, gate = tl.load(x + offset, mask=mask, other=0.0), tl.load(x + offset + width, mask=mask, other=0.0)
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x + offset + width, mask=mask, other=0.0).to(tl.float32)
     share = 0.5 * (1.0 + tl.erf(gate * _HALF_ROOT))
     slope = share + gate * _DENSITY * tl.exp(-0.5 * gate * gate)
-    tl.store(grad_x + offset, g * gate * share, mask=mask)
-    tl.store(grad_x + offset + width, g * value * slope, mask=mask)
+    tl.store(grad_x + offset, (g * gate * share).to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(grad_x + offset + width, (g * value * slope).to(grad_x.dtype.element_ty), mask=mask)
 
 
 def gated_gelu(x: Tensor) -> Tensor:
-    """... x 2C -> ... x C: the first half of each row times GELU of the second. float32, contiguous, < 2^31 values."""
+    """... x 2C -> ... x C: the first half of each row times GELU of the second. Contiguous, < 2^31 values."""
     width = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     n = out.numel()
@@ -161,6 +165,77 @@ def gated_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     grad_x, n = torch.empty_like(x), grad.numel()
     _gated_gelu_backward_kernel[(triton.cdiv(n, _ELEMENTS),)](grad, x, grad_x, n, x.shape[-1] // 2, BLOCK=_ELEMENTS)
     return grad_x
+
+
+# Layer normalisation: one program normalises a few rows, each whole.
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x, weight, bias, out, means, rstds, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    mask_r, mask_c = r < rows, c < width
+    mask = mask_r[:, None] & mask_c[None, :]
+    at = r[:, None] * width + c[None, :]
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(v, 1) / width
+    centred = tl.where(mask, v - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
+    tl.store(means + r, mean, mask=mask_r)
+    tl.store(rstds + r, rstd, mask=mask_r)
+    scale = tl.load(weight + c, mask=mask_c, other=0.0).to(tl.float32)
+    offset = tl.load(bias + c, mask=mask_c, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * scale[None, :] + offset[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    grad, x, weight, means, rstds, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    mask_r, mask_c = r < rows, c < width
+    mask = mask_r[:, None] & mask_c[None, :]
+    at = r[:, None] * width + c[None, :]
+    mean, rstd = tl.load(means + r, mask=mask_r, other=0.0), tl.load(rstds + r, mask=mask_r, other=0.0)
+    normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+    scale = tl.load(weight + c, mask=mask_c, other=0.0).to(tl.float32)
+    d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]
+    total, along = tl.sum(d, 1) / width, tl.sum(tl.where(mask, d * normal, 0.0), 1) / width
+    tl.store(
+        out + at, ((d - total[:, None] - normal * along[:, None]) * rstd[:, None]).to(out.dtype.element_ty), mask=mask
+    )
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the last axis of a contiguous tensor: the result, and each row's mean and 1/std."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = torch.empty_like(x, dtype=dtype)
+    means, rstds = (torch.empty(rows, device=x.device) for _ in range(2))
+    grid, each, block = _whole_rows(rows, width)
+    _layer_norm_kernel[grid](x, weight, bias, out, means, rstds, rows, width, eps, ROWS=each, BLOCK=block)
+    return out, means, rstds
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, means: Tensor, rstds: Tensor) -> Tensor:
+    """Gradient in ``x``."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = torch.empty_like(x)
+    grid, each, block = _whole_rows(rows, width)
+    _layer_norm_backward_kernel[grid](grad, x, weight, means, rstds, out, rows, width, ROWS=each, BLOCK=block)
+    return out
+
+
+def _whole_rows(rows: int, width: int) -> tuple[tuple[int], int, int]:
+    """Programs, the rows of each, and the power of two into which a row fits."""
+    block = triton.next_power_of_2(width)
+    each = max(1, _ROWS_ELEMENTS // block)
+    return (triton.cdiv(rows, each),), each, block
 
 
 # Group normalisation and SiLU, of channels-last N x positions x channels. Where a sample has few positions, one program

@@ -137,13 +137,17 @@ class TransformerBlock(nn.Module):
         return self.feed_forward(x)  # N, P, C
 
     def attend_to_itself(self, x: Tensor) -> Tensor:
-        return x + self.attn1(self.norm1(x))
+        return x + self.attn1(self.normalised(self.norm1, x))
 
     def attend_to_context(self, x: Tensor, context: Tensor) -> Tensor:
-        return x + self.attn2(self.norm2(x), context)
+        return x + self.attn2(self.normalised(self.norm2, x), context)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.ff(self.norm3(x))
+        return x + self.ff(self.normalised(self.norm3, x))
+
+    def normalised(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """What one of the three parts takes."""
+        return norm(x)
 
 
 class SpatialTransformer(nn.Module):

@@ -147,6 +147,10 @@ class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self._kept_or_computed_again(super().feed_forward, x)
 
+    def normalised(self, norm: nn.Module, x: Tensor) -> Tensor:
+        # Rounded to bfloat16 before it is quantized it would be rounded twice.
+        return fused.layer_norm(norm, x, for_products=not self.use_act_quant)
+
     def _kept_or_computed_again(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if not (self.grad_ckpt and torch.is_grad_enabled()):
             return part(*inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -95,6 +96,67 @@ def test_gated_gelu(shape: tuple[int, ...]) -> None:
         assert_equal(gradients(fused.gated_gelu, piece), gradients(gated_gelu, piece))
     with fused.plain_pytorch():
         assert not fused.can_gate(x)
+
+
+@needs_kernels
+def test_gated_gelu_in_bfloat16() -> None:
+    """Rounded once, at the end."""
+    x = (4 * feature(3, 70, 18)).bfloat16()
+    assert fused.can_gate(x)
+    fast, exact = gradients(fused.gated_gelu, x), gradients(gated_gelu, x.float())
+    assert all(a.dtype is torch.bfloat16 for a in fast)
+    for a, b in zip(fast, exact, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2**-6, atol=1e-5)
+
+
+def layer_norm_of(width: int, *, frozen: bool = True) -> nn.LayerNorm:
+    norm = nn.LayerNorm(width).to(DEVICE).requires_grad_(not frozen)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * feature(width))
+        norm.bias.copy_(feature(2, width)[1])
+    return norm
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 5, 16), (3, 70, 18), (1, 1, 2), (5, 320), (3, 2049)])
+def test_layer_norm(shape: tuple[int, ...]) -> None:
+    """As near to double precision as PyTorch, also far from zero, and of a tensor with gaps."""
+    norm, x = layer_norm_of(shape[-1]), feature(*shape)
+    exact = copy.deepcopy(norm).double()
+    assert fused._can_normalise(norm, x)
+    for near_or_far in (x, 0.1 * x + 100, torch.cat([x, x], dim=-2)[..., ::2, :]):
+        fast = gradients(lambda x: fused.layer_norm(norm, x, for_products=False), near_or_far)
+        plain, right = gradients(norm, near_or_far), gradients(exact, near_or_far.double())
+        for a, b, c in zip(fast, plain, right, strict=True):
+            assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("for_products", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_under_autocast(dtype: torch.dtype, for_products: bool) -> None:
+    norm, x = layer_norm_of(48), feature(2, 9, 48).to(dtype)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out, grad = gradients(lambda x: fused.layer_norm(norm, x, for_products=for_products), x)
+    right, right_grad = gradients(norm, x.float())
+    assert (out.dtype, grad.dtype) == (torch.bfloat16 if for_products else torch.float32, dtype)
+    step = 2**-7 if for_products else 1e-5
+    torch.testing.assert_close(out.float(), right, rtol=step, atol=1e-5)
+    torch.testing.assert_close(grad.float(), right_grad, rtol=2**-6, atol=2**-6)
+
+
+@needs_kernels
+def test_layer_norms_that_learn_or_are_not_plain_are_left_to_pytorch() -> None:
+    x = feature(2, 5, 16)
+    others = layer_norm_of(16, frozen=False), nn.LayerNorm((5, 16)), nn.LayerNorm(16, elementwise_affine=False)
+    for norm in others:
+        assert not fused._can_normalise(norm.to(DEVICE), x)
+        assert torch.equal(fused.layer_norm(norm, x, for_products=True), norm(x))
+    with torch.no_grad():
+        assert fused._can_normalise(others[0], x)
+    assert not fused._can_normalise(layer_norm_of(16), x[:0])
+    with fused.plain_pytorch():
+        assert not fused._can_normalise(layer_norm_of(16), x)
 
 
 @needs_kernels
