@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +106,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if not (wanted and _in_half.get() and q.dtype is torch.float32):
         return F.scaled_dot_product_attention(q, k, v)
     # Only the product of q and k matters: they share its size evenly.
-    shift = ((_exponent(k) - _exponent(q)) / 2).round()
-    scales = _Scales(down=-_exponent(v))
+    shift = ((fused.exponent(k) - fused.exponent(q)) / 2).round()
+    scales = _Scales(down=-fused.exponent(v))
     halves = (_ToHalf.apply(x, e, scales) for x, e in ((q, shift), (k, -shift), (v, scales.down)))
     return _ToFull.apply(F.scaled_dot_product_attention(*halves), scales)
 
@@ -132,11 +131,11 @@ class _ToHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exponent: Tensor, scales: _Scales) -> Tensor:
         ctx.exponent, ctx.scales = exponent, scales
-        return _times_power(x, exponent, torch.float16)
+        return fused.times_power(x, exponent, torch.float16)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _times_power(grad, ctx.exponent - ctx.scales.down - ctx.scales.up, torch.float32), None, None
+        return fused.times_power(grad, ctx.exponent - ctx.scales.down - ctx.scales.up, torch.float32), None, None
 
 
 class _ToFull(torch.autograd.Function):
@@ -145,24 +144,12 @@ class _ToFull(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, scales: _Scales) -> Tensor:
         ctx.scales = scales
-        return _times_power(out, -scales.down, torch.float32)
+        return fused.times_power(out, -scales.down, torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.scales.up = _LARGEST_GRADIENT - _exponent(grad)
-        return _times_power(grad, ctx.scales.up, torch.float16), None
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """The whole e, a tensor without axes, with every |x| at most 2^e; 0 for zeros alone."""
-    largest = torch.linalg.vector_norm(x.detach(), math.inf)  # in one pass
-    return torch.where(largest > 0, largest.clamp(min=torch.finfo(x.dtype).tiny).log2().ceil(), 0.0)
-
-
-def _times_power(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """x 2^e; two factors, so that neither leaves the range of float32 where the product does not."""
-    first = (exponent / 2).floor()
-    return fused.times(x, first.exp2(), (exponent - first).exp2(), dtype)
+        ctx.scales.up = _LARGEST_GRADIENT - fused.exponent(grad)
+        return fused.times_power(grad, ctx.scales.up, torch.float16), None
 
 
 def _spares(quantizer: nn.Module | None) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -188,17 +189,31 @@ def group_norm(norm: nn.Module, x: Tensor, *, silu: bool) -> Tensor:
     return torch.nn.functional.silu(out) if silu else out
 
 
-def times(x: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """x first second in float32, multiplied in this order, then in ``dtype``. Without gradients.
+def times_power(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """x 2^exponent, computed in float32, then in ``dtype``. Without gradients.
+
+    In three factors, so that none leaves the range of float32 where the product does not.
 
     Args:
-        first, second: 0-dim, on the same device.
+        exponent: a whole number from -378 to 381, as a 0-dim tensor on the same device.
     """
     if enabled(x.device) and x.numel():
         from qdiff import triton_kernels
 
-        return triton_kernels.times(x if _is_dense(x) else x.contiguous(), first, second, dtype)
-    return (x.float() * first * second).to(dtype)
+        return triton_kernels.times_power(x if _is_dense(x) else x.contiguous(), exponent, dtype)
+    first = (exponent / 3).floor()
+    second = ((exponent - first) / 2).floor()
+    return (x.float() * first.exp2() * second.exp2() * (exponent - first - second).exp2()).to(dtype)
+
+
+def exponent(x: Tensor) -> Tensor:
+    """The whole e, 0-dim, with every |x| at most 2^e; 0 for zeros alone. Without gradients."""
+    largest = torch.linalg.vector_norm(x.detach(), math.inf).float()  # in one pass
+    if enabled(x.device):
+        from qdiff import triton_kernels
+
+        return triton_kernels.exponent(largest)
+    return torch.where(largest > 0, largest.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil(), 0.0)
 
 
 class _GatedGelu(torch.autograd.Function):

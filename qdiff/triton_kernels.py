@@ -108,17 +108,40 @@ def _bounds(x: Tensor, lo: Tensor | float, hi: Tensor | float) -> tuple[Tensor, 
 
 
 @triton.jit
-def _times_kernel(x, first, second, out, n, BLOCK: tl.constexpr):
+def _power_of_two(e):  # of a whole number from -126 to 127, to the bit
+    return ((e.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _times_power_kernel(x, exponent, out, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
-    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * tl.load(first) * tl.load(second)
+    e = tl.load(exponent)
+    first = tl.floor(e / 3)
+    second = tl.floor((e - first) / 2)
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * _power_of_two(first)
+    v = v * _power_of_two(second) * _power_of_two(e - first - second)
     tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
 
 
-def times(x: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """x first second in float32, in this order, then in ``dtype``. ``x`` dense, the factors 0-dim."""
+def times_power(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """x 2^exponent in float32, then in ``dtype``. ``x`` dense, the exponent 0-dim and whole, from -378 to 381."""
     out = torch.empty_like(x, dtype=dtype)
-    _times_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, first, second, out, x.numel(), BLOCK=_ELEMENTS)
+    _times_power_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, exponent, out, x.numel(), BLOCK=_ELEMENTS)
+    return out
+
+
+@triton.jit
+def _exponent_kernel(largest, out):
+    bits = tl.load(largest).to(tl.float32).to(tl.int32, bitcast=True)
+    e = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    tl.store(out, tl.where(bits == 0, 0, tl.maximum(e, -126)).to(tl.float32))
+
+
+def exponent(largest: Tensor) -> Tensor:
+    """The smallest whole e from -126 on with ``largest`` <= 2^e, 0 for zero; both 0-dim, the latter not negative."""
+    out = torch.empty((), device=largest.device)
+    _exponent_kernel[(1,)](largest, out)
     return out
 
 

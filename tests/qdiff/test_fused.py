@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -71,19 +72,32 @@ def test_fake_quantize(x: Tensor, bounds: tuple[float, float]) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
 @pytest.mark.parametrize("layout", ["contiguous", "heads last", "with gaps"])
-@pytest.mark.parametrize("exponents", [(0.0, 0.0), (-3.0, -4.0), (60.0, 70.0), (-30.0, -40.0)])
-def test_two_factors(exponents: tuple[float, float], layout: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+@pytest.mark.parametrize("exponent", [0, -7, 1, 130, -70, 300, -300])
+def test_powers_of_two(exponent: int, layout: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """To the bit, whatever is too large or too small for the types on the way."""
     x = feature(2, 3, 50, 8)
     x = x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads last" else x.contiguous()
     x = (x if layout != "with gaps" else x[:, :, ::2]).to(dtypes[0])
-    first, second = (torch.tensor(2.0**exponent, device=DEVICE) for exponent in exponents)
-    fast = fused.times(x, first, second, dtypes[1])
+    power = torch.tensor(float(exponent), device=DEVICE)
+    fast = fused.times_power(x, power, dtypes[1])
     with fused.plain_pytorch():
-        plain = fused.times(x, first, second, dtypes[1])
+        plain = fused.times_power(x, power, dtypes[1])
+    assert torch.equal(plain, torch.ldexp(x.double(), power).to(dtypes[1]))
     assert fast.dtype is dtypes[1]
     assert torch.equal(fast, plain)
     assert layout != "heads last" or fast.stride() == x.stride()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("largest", "exponent"),
+    [(0.0, 0), (1.0, 0), (-1.5, 1), (0.3, -1), (2.0**-100, -100), (3e-45, -126), (3e38, 128), (float("inf"), 128)],
+)
+def test_exponents(largest: float, exponent: int) -> None:
+    x = torch.tensor([[0.0, largest], [largest / 3, -largest / 2]], device=DEVICE)
+    assert fused.exponent(x).item() == exponent
+    with fused.plain_pytorch():
+        assert fused.exponent(x).item() == (exponent if math.isfinite(largest) else math.inf)
 
 
 @needs_kernels
