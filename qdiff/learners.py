@@ -138,16 +138,16 @@ class RoundingLearner:
 
 
 def rounding_progress(alphas: list[Tensor], beta: float, weight: float) -> Progress:
-    """Where rounding variables stand, with the regulariser's exponent and weight."""
-    loss, settled, finite, count = 0.0, 0.0, True, 0
+    """Where rounding variables stand, with the regulariser's exponent and weight. Waits for the device once."""
+    found = []
     for alpha in alphas:
         h = _rectified(alpha)
-        if weight:
-            loss += weight * rounding_regularizer(alpha, beta).item()
-        settled += ((h < SETTLED) | (h > 1 - SETTLED)).sum().item()
-        finite = finite and bool(torch.isfinite(alpha).all())
-        count += h.numel()
-    return Progress(loss, beta, settled / max(1, count), (), finite)
+        rest = rounding_regularizer(alpha, beta) if weight else torch.zeros((), device=alpha.device)
+        settled = ((h < SETTLED) | (h > 1 - SETTLED)).sum()
+        found.append(torch.stack([x.double() for x in (rest, settled, torch.isfinite(alpha).all())]))
+    rests, counts, finite = zip(*torch.stack(found).tolist(), strict=True)
+    loss, share = weight * sum(rests), sum(counts) / sum(alpha.numel() for alpha in alphas)
+    return Progress(loss, beta, share, (), all(finite))
 
 
 def _rectified(alpha: Tensor) -> Tensor:
