@@ -69,7 +69,7 @@ class QuantAttention2D(BaseQuantBlock, Attention):
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P (of q), P (of k)
+            weights = (q @ k.transpose(2, 3)).mul_(q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P (of q), P (of k)
             return self.act_quantizer_w(weights) @ v
 
         size = q[..., 0].numel() * k.shape[2]

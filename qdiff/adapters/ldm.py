@@ -120,7 +120,7 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
             return super().attend(q, k, v)
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
+            weights = (q @ k.transpose(2, 3)).mul_(q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
             return self.act_quantizer_w(weights) @ v
 
         size = q[..., 0].numel() * k.shape[2]

@@ -22,7 +22,7 @@ from torch import Tensor
 from qdiff.capture import PairedCapture, UnitData, unit_data
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.graphs import holding_garbage
-from qdiff.learners import Schedule, rounding_schedule
+from qdiff.learners import Progress, Schedule, rounding_progress, rounding_schedule
 from qdiff.pinned import Arena
 from qdiff.places import RING_STRETCHES, STRETCH, Collector, Scratch
 from qdiff.primitives import SMALLEST_DELTA
@@ -526,6 +526,15 @@ def test_about_twenty_looks(iterations: int, looks: list[int]) -> None:
     _, unit, data = unit_and_data("temb.dense.1", samples=4, act_quant=True)
     report = reconstruct_activations(unit, data, changed(iters_a=iterations, batch_size=2, lr=1e-6), seed=0)
     assert [point.iteration for point in report.trace] == looks
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_progress_of_rounding(weight: float) -> None:
+    alphas = [torch.tensor([-9.0, 0.0, 9.0]), torch.tensor([[9.0]])]  # down, undecided, up and up
+    found = rounding_progress(alphas, 2.0, weight)
+    assert found == Progress(weight, 2.0, 0.75, (), finite=True)
+    alphas[1].fill_(math.nan)
+    assert not rounding_progress(alphas, 2.0, weight).finite
 
 
 def test_iterations_that_stand_for_many_are_rarely_looked_at() -> None:
