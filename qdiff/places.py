@@ -128,6 +128,7 @@ class Scratch:
         try:
             os.posix_fallocate(self._handle, self.size, more)
         except OSError as error:
+            os.ftruncate(self._handle, self.size)  # what was found of it is for others
             raise OSError(error.errno, error.strerror, self._place) from error
         self._free.give_back(self.size, more)
         self.size = size

@@ -607,6 +607,21 @@ def test_rows_lie_at_the_end_of_the_file_and_features_at_its_beginning(tmp_path:
     assert scratch.section(5 * page).offset == page
 
 
+def test_a_file_for_which_there_is_no_room_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = Scratch(tmp_path)
+    section = scratch.section(mmap.PAGESIZE)
+    reserve = os.posix_fallocate
+
+    def half(handle: int, offset: int, size: int) -> None:
+        reserve(handle, offset, size // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", half)
+    with pytest.raises(OSError, match="No space left"):
+        scratch.section(8 * mmap.PAGESIZE)
+    assert os.fstat(section.handle).st_size == scratch.size == mmap.PAGESIZE
+
+
 def test_a_file_grows_by_no_more_than_it_has_to(tmp_path: Path) -> None:
     page, scratch = mmap.PAGESIZE, Scratch(tmp_path)
     sections = [scratch.section(2 * page) for _ in range(2)]
