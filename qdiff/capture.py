@@ -35,8 +35,9 @@ from qdiff.memory import (
     measure,
     sets_rounding_aside,
 )
-from qdiff.places import Collector, Filed, Shelf, fetched, is_filed, read_filed, unpacked
+from qdiff.places import Collector, Filed, Shelf, fetched, is_filed, on_host, read_filed, unpacked
 from qdiff.quant_model import QuantModel, Unit
+from qdiff.transfers import transfers
 
 log = logging.getLogger("qdiff")  # heard on the terminal too: the plan is there before the work starts
 
@@ -173,7 +174,7 @@ class Frontier:
         self._chained_units = {stage.path: qnn.units_of(stage) for stage in self._stages if stage.chained}
         if starts is None:
             # What is computed anew begins there too, and must not end with the features.
-            place = shelf.keep if kept is None else lambda x: shelf.rounded(x).cpu()
+            place = shelf.keep if kept is None else lambda x: on_host(shelf.rounded(x))
             parts = zip(*(x.split(chunk) for x in inputs), strict=True)
             starts = [_once_each(self.unet.begin(*(x.to(device) for x in part)), place) for part in parts]
         self.starts = list(starts)
@@ -204,6 +205,7 @@ class Frontier:
         """What waits before the next stage, with all that the stage takes, chunk by chunk."""
         self._read_ahead()
         for index in range(len(self._flows)):
+            self._expect(index + 1)
             yield self._complete(index)
 
     def _read_ahead(self) -> None:
@@ -211,13 +213,27 @@ class Frontier:
         if self.device.type != "cuda":
             return
         stage = self._stages[self._number]
-        taken: list[Any] = []
-        for flow in filter(None, self._flows):
-            taken += flow.skips[-1:] if stage.joins else []
-            taken += [flow.context] if stage.attends else []
-            taken += [flow.temb] if stage.timed else []
-            taken.append(flow.h)
+        taken = itertools.chain.from_iterable(_taken(flow, stage) for flow in filter(None, self._flows))
         block_io().expect(x.piece for x in taken if isinstance(x, Filed))
+
+    def _expect(self, index: int, *, behind: bool = False) -> None:
+        """Have a chunk brought to the GPU while the one before is computed, if it waits on the host.
+
+        Args:
+            behind: with the connection that the stage after the next one joins.
+        """
+        flow = self._flows[index] if index < len(self._flows) else None
+        if self.device.type != "cuda" or flow is None:
+            return
+        stage = self._stages[self._number]
+        taken = [*_taken(flow, stage)]
+        if behind and self._number + 1 < len(self._stages):
+            after = self._stages[self._number + 1]
+            left = flow.skips[:-1] if stage.joins else flow.skips
+            taken += left[-1:] if after.joins and not stage.leaves else []
+        for x in taken:
+            if isinstance(x, Tensor):
+                transfers().expect(x)
 
     def _complete(self, index: int) -> Any:
         """A chunk before the next stage; of what was not kept, all that the stage takes was computed anew."""
@@ -274,6 +290,7 @@ class Frontier:
             raise RuntimeError(f"{stage.path} is not the next stage, which is {self._stages[self._number].path}")
         self._read_ahead()
         for index in range(len(self._flows)):
+            self._expect(index + 1, behind=reached is not None)
             moved = _once_each(self._moved(self._complete(index), stage), self.shelf.rounded)
             self._flows[index] = self._stored(moved)
             if reached is not None:
@@ -328,8 +345,8 @@ class Frontier:
 
     def _moved(self, flow: Any, stage: Any) -> Any:
         """A chunk behind the stage, where it was computed."""
-        self.clock.set(flow.t.to(self.device))
         moved = flow.for_stage(stage, self._fetched)
+        self.clock.set(moved.t)
         self._size = moved.h.shape[2:]
         with as_if_learning(), self._as_rows_between_units(stage):
             self.unet.advance(stage, moved)
@@ -379,6 +396,17 @@ class Frontier:
                 log.warning("%s: what has no room there is computed anew from now on", error)
             self._disk_was_full = True
             return None
+
+
+def _taken(flow: Any, stage: Any) -> list[Any]:
+    """What a stage takes of a chunk, in the order in which it is fetched; None for what is computed anew."""
+    return [
+        *(flow.skips[-1:] if stage.joins else []),
+        *([flow.context] if stage.attends else []),
+        *([flow.temb] if stage.timed else []),
+        flow.h,
+        flow.t,
+    ]
 
 
 def _once_each(flow: Any, place: Callable[[Tensor], Tensor]) -> Any:
@@ -499,12 +527,14 @@ class PairedCapture:
                     self._full.advance(stage)
             self._full_is_ahead = False
         block_io().expect(())  # what was announced last holds a file
+        transfers().wait()
 
     def _make_room(self, size: int) -> None:
         """See to it that a unit's rows find a stretch of pinned memory where there is room but in pieces."""
         arena = self._storage.arena
         if arena is None or arena.longest >= size or arena.free_bytes < size:
             return
+        transfers().wait()
         frontiers = (self._quantized, self._full)
         waiting = itertools.chain.from_iterable(frontier.waiting() for frontier in frontiers)
         moved = arena.moved_together([x for x in waiting if isinstance(x, Tensor) and arena.holds(x)])

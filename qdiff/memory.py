@@ -175,6 +175,12 @@ class Sizes:
     start: int = 0
     computed: int = 0
 
+    @property
+    def taken(self) -> int:
+        """What waits before a stage and is taken by it, at its largest."""
+        joined = (0 if boundary.origin is None else boundary.skips[-1] for boundary in self.boundaries)
+        return max((boundary.trunk + skip for boundary, skip in zip(self.boundaries, joined, strict=True)), default=0)
+
 
 @torch.no_grad()
 def measure(qnn: QuantModel, sample: tuple[Tensor, ...], *, compact: bool) -> Sizes:
@@ -410,7 +416,7 @@ class MemoryPlan:
 
         if on_gpu and features + unit <= gpu:
             return plan("gpu", gpu - features, host)
-        whole = plan("host", gpu, host - features)
+        whole = plan("host", max(0, gpu - chunk * sizes.taken), host - features)
         if on_gpu and features + max(map(whole.far_bytes, sizes.units)) <= host:
             return whole
         if not on_gpu and features + unit <= host // 2:

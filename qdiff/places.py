@@ -28,6 +28,7 @@ from qdiff import fused
 from qdiff.block_io import Piece, block_io, read_at_once
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.stretches import Stretches
+from qdiff.transfers import transfers
 
 STRETCH = 10  # iterations whose rows are read from a file at once
 RING_STRETCHES = 3  # one that is computed with, the next one, and one that is being read
@@ -64,6 +65,18 @@ def unpacked(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
+def on_host(x: Tensor) -> Tensor:
+    """``x`` there; what comes from a GPU, in pinned memory of its own."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    size = x.numel() * x.element_size()
+    flat = Arena(-(-size // ALIGNMENT) * ALIGNMENT).empty((x.numel(),), x.dtype)
+    assert flat is not None  # the whole of it
+    place = _laid_out_like(flat, x)
+    transfers().store(x, place)
+    return place
+
+
 class Shelf:
     """Keeps features as they come, in one place.
 
@@ -91,7 +104,9 @@ class Shelf:
         if self.place == "gpu" or x.device.type == "cpu":
             return x
         flat = None if self.arena is None else self.arena.empty((x.numel(),), x.dtype)
-        return torch.empty_like(x, device="cpu").copy_(x) if flat is None else _laid_out_like(flat, x).copy_(x)
+        place = torch.empty_like(x, device="cpu") if flat is None else _laid_out_like(flat, x)
+        transfers().store(x, place)
+        return place
 
 
 class Scratch:
@@ -294,7 +309,7 @@ def fetched(x: Any, device: torch.device) -> Tensor:
         return x.fetched(device)
     file = _file_of(x)
     if file is None or device.type == "cpu":
-        return x.to(device)
+        return transfers().fetched(x, device)
     out = torch.empty_like(x, device=device)  # dense, in the order in which it lies in the file
     block_io().read(file.piece(_offset_in_file(x), x.numel() * x.element_size()), _as_it_lies(out))
     return out
@@ -500,7 +515,7 @@ class _RowStore:
                 offset = (begin - first) * self.length * self.dtype.itemsize
                 self._file.write(offset, rows[begin - start : end - start].to(self.dtype).reshape(-1))
             elif begin < end:
-                part[begin - first : end - first].copy_(rows[begin - start : end - start])
+                transfers().store(rows[begin - start : end - start], part[begin - first : end - first])
             first += length
 
     def _parts(self) -> list[tuple[Tensor, int]]:
@@ -517,7 +532,8 @@ class _RowStore:
         released(self.file)
 
     def written(self) -> None:
-        """Wait until all that goes to a file is there."""
+        """Wait until all is there, on the host and in the file."""
+        transfers().wait()
         if self._file is not None:
             self._file.written()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 import weakref
 from collections import Counter
@@ -195,15 +196,17 @@ def test_rows_of_a_tail_follow() -> None:
             assert torch.equal(got, expected[index])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) -> None:
-    """To the bit, in half precision too, on both sides of a unit, whatever is kept, on the host or in files."""
-    qnn = with_grids(QuantConfig(4, split=True))
-    inputs = noisy_inputs(5)
-    options = {"chunk": 2, "device": torch.device("cpu")}
-    shelf, host = Shelf("gpu", compact=True), Shelf("partly", compact=True)
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+def kept_in_part(qnn: QuantModel, share: float) -> list[Kept]:
+    """By chance, before each stage."""
     draw = random.Random(7)
-    sizes = measure(qnn, tuple(x[:1] for x in inputs), compact=True)
+    device = next(qnn.parameters()).device
+    sizes = measure(qnn, tuple(x[:1].to(device) for x in noisy_inputs(1)), compact=True)
     some = []
     for boundary in sizes.boundaries:
         trunk = draw.random() < share
@@ -213,28 +216,68 @@ def test_what_is_computed_anew_is_what_was_kept(share: float, tmp_path: Path) ->
             kept and (draw.random() < 0.5 if size else filed) for kept, size in zip(skips, boundary.skips, strict=True)
         )
         some.append(Kept(trunk, skips, filed, in_files if draw.random() < 0.7 else ()))
-    files = Shelf("partly", compact=True, scratch=Scratch(tmp_path))
-    frontiers = (
-        Frontier(qnn, inputs, shelf=shelf, **options),
-        Frontier(qnn, inputs, shelf=host, kept=some, files=files, **options),
-    )
+    return some
 
-    def found(collector: Collector) -> list[Tensor]:
-        return [*collector.parts().near]
 
-    for stage in qnn.model.stages():
-        units = qnn.units_of(stage)
+class Places:
+    """A frontier that keeps everything where it computes, and one that keeps some of it, on the host and in files."""
+
+    def __init__(self, device: str, share: float, folder: Path):
+        self.qnn, self.device = with_grids(QuantConfig(4, split=True)).to(device), torch.device(device)
+        self.kept, self.scratch = kept_in_part(self.qnn, share), Scratch(folder)
+        self.arena = Arena(2**24) if device == "cuda" else None
+        files = Shelf("partly", compact=True, scratch=self.scratch)
+        options = {"chunk": 2, "device": self.device}
+        host = Shelf("partly", compact=True, arena=self.arena)
+        self.frontiers = (
+            Frontier(self.qnn, noisy_inputs(7), shelf=Shelf("gpu", compact=True), **options),
+            Frontier(self.qnn, noisy_inputs(7), shelf=host, kept=self.kept, files=files, **options),
+        )
+
+    def collectors(self) -> tuple[Collector, Collector]:
+        spread = {"near": 1, "pinned": 2, "scratch": self.scratch, "arena": self.arena} if self.arena else {"near": 7}
+        return Collector(7, 7, compact=False), Collector(7, compact=False, **spread)
+
+    def assert_same(self, *collectors: Collector) -> None:
+        here, there = (collector.parts() for collector in collectors)
+        for number, whole in enumerate(here.near):
+            rows = torch.cat([part[number].to(self.device) for part in there[:3]])
+            assert torch.equal(rows, whole)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_what_is_computed_anew_is_what_was_kept(device: str, share: float, tmp_path: Path) -> None:
+    """To the bit, in half precision too, on both sides of a unit, whatever is kept, on the host or in files."""
+    made = Places(device, share, tmp_path)
+    stages = made.qnn.model.stages()
+    for number, stage in enumerate(stages, 1):
+        units = made.qnn.units_of(stage)
         for unit in units:
-            pairs = zip(*(found(f.inputs(unit, Collector(5, 5, compact=False))) for f in frontiers), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
-        outputs = [f.outputs(stage, units, lambda unit: Collector(5, 5, compact=False)) for f in frontiers]
-        for unit in units:
-            pairs = zip(*(found(out[unit.path]) for out in outputs), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
-        waits = list(frontiers[1].waiting())
-        after = qnn.model.stages().index(stage) + 1
-        if after < len(some):
-            assert some[after].filed <= any(places.is_filed(x) for x in waits)
+            pairs = zip(made.frontiers, made.collectors(), strict=True)
+            made.assert_same(*(f.inputs(unit, collector) for f, collector in pairs))
+        collectors = {unit.path: made.collectors() for unit in units}
+        for which, frontier in enumerate(made.frontiers):
+            frontier.outputs(stage, units, lambda unit, of=collectors, which=which: of[unit.path][which])
+        for pair in collectors.values():
+            made.assert_same(*pair)
+        if number < len(stages):
+            assert made.kept[number].filed <= any(places.is_filed(x) for x in made.frontiers[1].waiting())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_what_is_collected_on_the_way_is_what_reaches_a_unit(device: str, share: float, tmp_path: Path) -> None:
+    made = Places(device, share, tmp_path)
+    stages = made.qnn.model.stages()
+    for stage, after in itertools.pairwise(stages):
+        unit = next(iter(made.qnn.units_of(after)), None)
+        collectors = made.collectors()
+        for frontier, collector in zip(made.frontiers, collectors, strict=True):
+            frontier.advance(stage, None if unit is None else (unit, collector))
+        if unit is not None:
+            made.assert_same(*collectors)
+            made.assert_same(collectors[0], made.frontiers[1].inputs(unit, made.collectors()[1]))
 
 
 def test_a_disk_that_fills_up_meanwhile_costs_time_alone(
