@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import importlib
 import logging
 import statistics
@@ -146,11 +147,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     own = add("calibration", benchmark_calibration, CIFAR, "A whole calibration, split into its parts.")
     add_calibration_arguments(own)
-    own.add_argument("--units", type=at_least(1), metavar="K", help="learn K evenly spaced units, extrapolate the rest")
+    some = own.add_mutually_exclusive_group()
+    some.add_argument(
+        "--units", type=at_least(1), metavar="K", help="learn K evenly spaced units, extrapolate the rest"
+    )
+    some.add_argument("--only_units", nargs="+", metavar="NAME", help="learn these units, as the table names them")
     own.add_argument(
         "--phase", choices=get_args(Phase), help="only this one; activations then on weights rounded to nearest [both]"
     )
-    own.add_argument("--profile", action="store_true", help="what iterations consist of; use few of them")
+    own.add_argument(
+        "--profile", action="store_true", help="what iterations consist of, unit by unit with --only_units; use few"
+    )
     own.add_argument(
         "--full_iters",
         type=at_least(1),
@@ -380,6 +387,7 @@ class Breakdown:
         skipped: paths of units that were only passed through.
         peak_gpu_bytes: most that tensors took at a time since the last unit, from whose reports the peaks before are
             known; reserved_gpu_bytes: most that the allocator held for them.
+        kernels: where profiled, what one iteration consisted of, for each unit and phase; see :func:`kernels_of`.
     """
 
     setup: float = 0.0
@@ -394,6 +402,7 @@ class Breakdown:
     peak_gpu_bytes: int = 0
     reserved_gpu_bytes: int = 0
     plans: list[str] = field(default_factory=list)
+    kernels: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 
     PARTS = ("setup", "capture", "ranges", "weights", "activations", "saving")
 
@@ -433,15 +442,15 @@ def benchmark_calibration(args: Any) -> Result:
             keep_facts(args, calibration_facts(parts, args) | {"finished": False})
             kept_at = time.perf_counter()
 
-    with profiled(args) as profile:
-        parts = run_calibration(
-            args,
-            started=started,
-            units=args.units,
-            long_ones=bool(args.full_iters or args.full_iters_a),
-            only_phase=args.phase,
-            on_unit=keep,
-        )
+    parts = run_calibration(
+        args,
+        started=started,
+        units=args.only_units or args.units,
+        long_ones=bool(args.full_iters or args.full_iters_a),
+        only_phase=args.phase,
+        profile=args.profile,
+        on_unit=keep,
+    )
     wanted = {"weights": args.full_iters, "activations": args.full_iters_a}
     whole, facts = parts.extrapolated(wanted), calibration_facts(parts, args) | {"finished": True}
     lines = [[name, f"{getattr(whole, name):.1f}", f"{getattr(whole, name) / whole.total:.0%}"] for name in whole.PARTS]
@@ -452,7 +461,7 @@ def benchmark_calibration(args: Any) -> Result:
     ]
     if args.phase:
         notes.append(f"Only {args.phase} were learned.")
-    if args.units:
+    if args.units or args.only_units:
         learned = len({r.name for r in parts.reports}) - len(parts.skipped)
         notes.append(
             f"Extrapolated: {learned} of {len({r.name for r in parts.reports})} units were learned, in "
@@ -467,9 +476,14 @@ def benchmark_calibration(args: Any) -> Result:
         f"At most {gpu:.2f} GiB of GPU memory in tensors, {held:.2f} GiB held for them; {host:.2f} GiB of host memory, "
         "libraries included."
     )
-    if profile:
-        notes.append(profile_table(profile[0], parts))
-        facts["kernels"] = profile[0]
+    if args.profile:
+        notes.append(profile_table(parts))
+        if args.only_units:
+            notes += [unit_profile(report, parts.kernels[report.name, report.phase]) for report in learned_units(parts)]
+        facts["kernels"] = all_kernels(parts)
+        facts["unit_kernels"] = [
+            {"name": name, "phase": phase, "kernels": found} for (name, phase), found in parts.kernels.items()
+        ]
     return Result(["part", "seconds", "share"], lines, facts, notes)
 
 
@@ -480,7 +494,7 @@ def calibration_facts(parts: Breakdown, args: Any) -> dict[str, Any]:
     return {
         **{name: getattr(whole, name) for name in whole.PARTS},
         "whole": whole.total,
-        "extrapolated": bool(args.units or args.full_iters or args.full_iters_a),
+        "extrapolated": bool(args.units or args.only_units or args.full_iters or args.full_iters_a),
         "measured_s": parts.total,
         "compiling": compile_seconds(),
         "peak_gpu_bytes": max([parts.peak_gpu_bytes, *(r.peak_gpu_bytes for r in parts.reports)]),
@@ -517,10 +531,11 @@ def run_calibration(
     args: Any,
     *,
     started: float,
-    units: int | None = None,
+    units: int | Sequence[str] | None = None,
     samples: int | None = None,
     long_ones: bool = False,
     only_phase: Phase | None = None,
+    profile: bool = False,
     on_unit: Callable[[Breakdown], None] = lambda parts: None,
     **changes: Any,
 ) -> Breakdown:
@@ -528,10 +543,11 @@ def run_calibration(
 
     Args:
         started: when the clock of the set-up began, on ``time.perf_counter``.
-        units: learn only so many.
+        units: learn only so many, or those of these names.
         samples: of each timestep, in place of ``args.cali_n``.
         long_ones: its few iterations stand for many: convolutions are chosen as for many.
         only_phase: the one to go through; None: both. Activations then are learned on weights rounded to nearest.
+        profile: note what iterations consist of.
         on_unit: hears after each unit what is known so far.
         changes: fields of :class:`CalibrationConfig`.
     """
@@ -541,7 +557,7 @@ def run_calibration(
     network.forget()
     data = calibration_set(args, network, samples or args.cali_n)
     options = calibration_config(args, **network.options, **changes)
-    chosen = evenly([unit.path for unit in qnn.units()], units)
+    chosen = chosen_units([unit.path for unit in qnn.units()], units)
     parts = Breakdown(skipped=frozenset(unit.path for unit in qnn.units() if unit.path not in chosen))
     wait_for(device)
     budget = MemoryBudget(*(None if gb is None else int(gb * 10**9) for gb in (args.cali_gpu_gb, args.cali_host_gb)))
@@ -558,7 +574,7 @@ def run_calibration(
             on_unit(parts)
 
         as_many = standing_for_many() if long_ones else contextlib.nullcontext()
-        with clock.timing_ranges(qnn), only(chosen), heard(parts.plans), as_many:
+        with clock.timing_ranges(qnn), only(chosen, parts.kernels if profile else None), heard(parts.plans), as_many:
             weights_done = only_phase == "activations"
             if weights_done:
                 qnn.find_weight_grids()
@@ -639,14 +655,24 @@ class _Clock:
 
 
 @contextmanager
-def only(chosen: Sequence[str]) -> Iterator[None]:
-    """Units that are not chosen are passed through with no iteration."""
+def only(chosen: Sequence[str], kernels: dict[tuple[str, str], list[dict[str, Any]]] | None = None) -> Iterator[None]:
+    """Units that are not chosen are passed through with no iteration.
+
+    Args:
+        kernels: where to note what an iteration of the others consisted of.
+    """
 
     def skipping(function: Callable[..., UnitReport]) -> Callable[..., UnitReport]:
         def run(unit: Unit, data: UnitData, config: CalibrationConfig, **options: Any) -> UnitReport:
             if unit.path not in chosen:
-                config = dataclasses.replace(config, iters=0, iters_a=0)
-            return function(unit, data, config, **options)
+                return function(unit, data, dataclasses.replace(config, iters=0, iters_a=0), **options)
+            if kernels is None:
+                return function(unit, data, config, **options)
+            device = next(unit.module.parameters()).device
+            with profiling(device) as profile:
+                report = function(unit, data, config, **options)
+            kernels[report.name, report.phase] = kernels_of(profile, device, calls=report.iterations)
+            return report
 
         return run
 
@@ -696,6 +722,21 @@ def calibration_config(args: Any, **changes: Any) -> CalibrationConfig:
         raise UserError(str(error)) from None
 
 
+def chosen_units(names: Sequence[str], wanted: int | Sequence[str] | None) -> list[str]:
+    """So many of the names, evenly spaced, or those that are wanted by name.
+
+    Raises:
+        UserError: one of these is not there.
+    """
+    if wanted is None or isinstance(wanted, int):
+        return evenly(names, wanted)
+    for name in wanted:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+            raise UserError(f"--only_units: no unit is called {name}; the nearest are {', '.join(near)}")
+    return list(wanted)
+
+
 def evenly(names: Sequence[str], count: int | None) -> list[str]:
     """``count`` of the names, evenly spaced from the first to the last; all where it is None or too large."""
     if count is None or count >= len(names):
@@ -714,20 +755,6 @@ def unit_rows(parts: Breakdown) -> Iterator[list[str]]:
 def report_facts(report: UnitReport) -> dict[str, Any]:
     """Plain values of a report, whatever fields it has."""
     return {k: v for k, v in dataclasses.asdict(report).items() if isinstance(v, (str, int, float, bool, type(None)))}
-
-
-@contextmanager
-def profiled(args: Any) -> Iterator[list[list[dict[str, Any]]]]:
-    """Yields a list that holds, at the end, the kernels (operations, on a CPU) and their times; empty without
-    ``--profile``.
-    """
-    found: list[list[dict[str, Any]]] = []
-    if not args.profile:
-        yield found
-        return
-    with profiling(args.device) as profile:
-        yield found
-    found.append(kernels_of(profile, args.device))
 
 
 def kernels_of(profile: torch.profiler.profile, device: torch.device, *, calls: int = 1) -> list[dict[str, Any]]:
@@ -755,17 +782,48 @@ def kind_of_kernel(name: str) -> str:
     return "other"
 
 
-def profile_table(kernels: list[dict[str, Any]], parts: Breakdown, shown: int = 12) -> str:
+def learned_units(parts: Breakdown) -> list[UnitReport]:
+    """Those that were not only passed through."""
+    return [report for report in parts.reports if report.name not in parts.skipped]
+
+
+def all_kernels(parts: Breakdown) -> list[dict[str, Any]]:
+    """What all iterations of all units consisted of, see :func:`kernels_of`."""
+    iterations = {(report.name, report.phase): report.iterations for report in parts.reports}
+    found: dict[str, dict[str, Any]] = {}
+    for unit, kernels in parts.kernels.items():
+        for kernel in kernels:
+            one = found.setdefault(kernel["name"], {"name": kernel["name"], "calls": 0.0, "seconds": 0.0})
+            for what in ("calls", "seconds"):
+                one[what] += kernel[what] * iterations[unit]
+    return sorted(found.values(), key=lambda kernel: -kernel["seconds"])
+
+
+def profile_table(parts: Breakdown) -> str:
     """The kernels that take most, and how much of the reconstruction's time all of them fill."""
-    iterations = sum(r.iterations for r in parts.reports if r.name not in parts.skipped)
-    busy, wall = sum(k["seconds"] for k in kernels), parts.weights + parts.activations + parts.capture + parts.ranges
-    lines = [[k["name"][:70], f"{k['calls']:.0f}", f"{1e3 * k['seconds']:.1f}"] for k in kernels[:shown]]
-    calls = round(sum(k["calls"] for k in kernels))
+    kernels, learned = all_kernels(parts), learned_units(parts)
+    iterations, wall = sum(r.iterations for r in learned), sum(r.seconds for r in learned)
+    busy, calls = sum(k["seconds"] for k in kernels), round(sum(k["calls"] for k in kernels))
+    lines = [[k["name"][:70], f"{k['calls']:.0f}", f"{1e3 * k['seconds']:.1f}"] for k in kernels[:SHOWN_KERNELS]]
     return (
         markdown_table(["kernel", "calls", "ms"], lines)
         + f"\n\nAll kernels: {busy:.2f} s of {wall:.2f} s ({busy / wall:.0%}); the rest is launching and the host. "
-        f"{calls} calls for {iterations} iterations, capture included."
+        f"{calls} calls for {iterations} iterations."
     )
+
+
+def unit_profile(report: UnitReport, kernels: list[dict[str, Any]]) -> str:
+    """What an iteration of a unit consists of; what ran less than once in one is for looks at it and the like."""
+    each = [k for k in kernels if k["calls"] >= 1]
+    total = sum(k["seconds"] for k in each)
+    lines = [
+        [k["name"][:70], f"{k['calls']:.0f}", f"{1e3 * k['seconds']:.3f}", f"{k['seconds'] / total:.0%}"]
+        for k in each[: 2 * SHOWN_KERNELS]
+    ]
+    title = f"{report.name}, {report.phase}: kernels take {1e3 * total:.2f} ms an iteration"
+    if report.iteration_seconds:
+        title += f", which takes {1e3 * report.iteration_seconds:.2f}"
+    return f"{title}.\n\n{markdown_table(['kernel', 'calls', 'ms', 'share'], lines)}"
 
 
 # A step.

@@ -125,8 +125,38 @@ def test_skipping_units_is_undone() -> None:
 
 def test_profile_names_what_runs(run) -> None:
     figures, said = run("calibration", *QUICK, "--units", "1", "--profile")
-    assert any("conv" in kernel["name"] for kernel in figures["kernels"])
+    assert any("mm" in kernel["name"] for kernel in figures["kernels"])  # the first unit is a linear layer
     assert "All kernels:" in said
+    assert "an iteration, which takes" not in said
+
+
+def test_profile_of_chosen_units(run) -> None:
+    figures, said = run("calibration", *QUICK, "--only_units", "mid.attn_1", "temb.dense.0", "--profile")
+    learned = [(unit["name"], unit["phase"]) for unit in figures["units"] if unit["iterations"]]
+    assert [(unit["name"], unit["phase"]) for unit in figures["unit_kernels"]] == learned
+    assert {name for name, _ in learned} == {"mid.attn_1", "temb.dense.0"}
+    assert figures["extrapolated"]
+    for name, phase in learned:
+        assert f"{name}, {phase}: kernels take " in said
+    each = {unit["name"]: unit["kernels"] for unit in figures["unit_kernels"]}
+    assert any("linear" in kernel["name"] or "addmm" in kernel["name"] for kernel in each["temb.dense.0"])
+    whole = {kernel["name"]: kernel["calls"] for kernel in figures["kernels"]}
+    times = {(unit["name"], unit["phase"]): unit["iterations"] for unit in figures["units"]}
+    for name, calls in whole.items():
+        parts = (
+            kernel["calls"] * times[unit["name"], unit["phase"]]
+            for unit in figures["unit_kernels"]
+            for kernel in unit["kernels"]
+            if kernel["name"] == name
+        )
+        assert calls == pytest.approx(sum(parts))
+
+
+def test_a_unit_that_is_not_there_is_named(capsys) -> None:
+    words = ["calibration", *QUICK, "--only_units", "mid.attn_2"]
+    with pytest.raises(SystemExit):
+        benchmark.main([*words, "--config", str(benchmark.FASHION)])
+    assert "no unit is called mid.attn_2; the nearest are mid.attn_1" in capsys.readouterr().err
 
 
 def test_a_precision_that_is_not_there(run, capsys) -> None:
