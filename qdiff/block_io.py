@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,30 +41,50 @@ class _Staging:
             self.mark.synchronize()
 
 
+class Lanes(NamedTuple):
+    """Files to which stripes of what is stored go in turn: the system lets threads write to one file one by one.
+
+    Attributes:
+        handles: of the open files.
+        base: where it begins, in each.
+        stripe: bytes.
+    """
+
+    handles: tuple[int, ...]
+    base: int
+    stripe: int
+
+    def at(self, position: int) -> tuple[int, int, int]:
+        """The file of a byte, its offset there, and how many bytes there are up to the end of the stripe."""
+        stripe, within = divmod(position, self.stripe)
+        turn, lane = divmod(stripe, len(self.handles))
+        return self.handles[lane], self.base + turn * self.stripe + within, self.stripe - within
+
+
 class Piece:
-    """A stretch of a file.
+    """A stretch of what is stored in files.
 
     Args:
-        handle: of the open file; offset, size: in bytes.
+        lanes: where it is stored; offset, size: of the stretch, in bytes.
         place: what errors name.
-        holder: what keeps the file open.
+        holder: what keeps the files open.
         pending: what is being written, here or beside it; None: nothing yet.
     """
 
     def __init__(
         self,
-        handle: int,
+        lanes: Lanes,
         offset: int,
         size: int,
         place: str,
         holder: Any = None,
         pending: list[Future[None]] | None = None,
     ):
-        self.handle, self.offset, self.size, self.place, self.holder = handle, offset, size, place, holder
+        self.lanes, self.offset, self.size, self.place, self.holder = lanes, offset, size, place, holder
         self.pending = [] if pending is None else pending
 
     def blocks(self) -> Iterable[tuple[int, int]]:
-        """Offset within the piece and size of each block."""
+        """Offset within the piece and size of each block, which threads take one by one."""
         return ((start, min(BLOCK, self.size - start)) for start in range(0, self.size, BLOCK))
 
     def written(self) -> None:
@@ -235,12 +255,13 @@ def _all(call: Callable[[int, Any, int], int], piece: Piece, start: int, values:
     Raises:
         OSError: naming the place; also where a file ends too early.
     """
-    rest, offset = values.numpy().data, piece.offset + start
+    rest, position = values.numpy().data, piece.offset + start
     while rest:
+        handle, offset, size = piece.lanes.at(position)
         try:
-            done = call(piece.handle, rest, offset)
+            done = call(handle, rest[:size], offset)
         except OSError as error:
             raise OSError(error.errno, error.strerror, piece.place) from error
         if not done:
             raise OSError(errno.EIO, os.strerror(errno.EIO), piece.place)
-        rest, offset = rest[done:], offset + done
+        rest, position = rest[done:], position + done

@@ -59,7 +59,7 @@ class BudgetError(ValueError):
 
 
 class PlacesPool:
-    """Pinned memory and a scratch file, which one phase of a calibration leaves to the next.
+    """Pinned memory and files, which one phase of a calibration leaves to the next.
 
     Pinning takes seconds for every ten gigabytes, and so does giving a file back.
     """
@@ -91,7 +91,7 @@ class PlacesPool:
         return self._arena
 
     def scratch(self, folder: Path | None, size: int) -> Scratch:
-        """A scratch file with room for so many bytes, as far as the disk has room; it grows where more are needed.
+        """Files with room for so many bytes, as far as the disk has room; they grow where more are needed.
 
         Reserving room all at once takes less time than piece by piece, while the disk is busy with what was written.
         """
@@ -920,10 +920,8 @@ def file_rates(folder: Path | None) -> FileRates:
     handed_over = time.perf_counter()
     from_memory = reading()
     waited = time.perf_counter()
-    os.fsync(pieces[0].handle)
+    scratch.to_the_disk(forget=True)
     on_disk = time.perf_counter() - waited + handed_over - started
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(pieces[0].handle, 0, 0, os.POSIX_FADV_DONTNEED)
     return FileRates(FileRate(size / on_disk, reading()), FileRate(size / (handed_over - started), from_memory))
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections import deque
@@ -25,11 +26,14 @@ import torch
 from torch import Tensor
 
 from qdiff import fused
-from qdiff.block_io import Piece, block_io, read_at_once
+from qdiff.block_io import Lanes, Piece, block_io, read_at_once
 from qdiff.pinned import ALIGNMENT, Arena
 from qdiff.stretches import Stretches
 from qdiff.transfers import transfers
 
+FILES = 4 if sys.platform.startswith("linux") else 1  # in which captured data wait
+_ROWS_STRIPE = 2**24  # bytes; each is a mapping of its own, of which a process may have some ten thousands
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux's, which mmap does not name
 STRETCH = 10  # iterations whose rows are read from a file at once
 RING_STRETCHES = 3  # one that is computed with, the next one, and one that is being read
 
@@ -110,26 +114,35 @@ class Shelf:
 
 
 class Scratch:
-    """A file without a name, in which features and rows wait side by side, and which is gone with its holders.
+    """Files without a name, in which features and rows wait side by side, and which are gone with their holders.
 
-    It grows as far as it has to, and does not shrink: the system waits for what it is just writing before it gives
+    They grow as far as they have to, and do not shrink: the system waits for what it is just writing before it gives
     room on the disk back, and has to find that room again for what comes next.
 
     Args:
-        folder: where it is; None: the system's temporary one.
+        folder: where they are; None: the system's temporary one.
+        files: how many; see :class:`qdiff.block_io.Lanes`.
 
     Attributes:
         size: bytes, for which the disk has room.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder, self.size = folder, 0
-        self._place = str(folder or tempfile.gettempdir())
-        self._handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
-        os.unlink(name)
-        weakref.finalize(self, os.close, self._handle)
+    def __init__(self, folder: Path | None, files: int = FILES):
+        self.folder, self.place = folder, str(folder or tempfile.gettempdir())
+        self._handles: list[int] = []
+        weakref.finalize(self, _close, self._handles)
+        for _ in range(files):
+            handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
+            os.unlink(name)
+            self._handles.append(handle)
+        self._reach = 0  # of each
+        self._turn = 0
         self._free = Stretches()
         self._gone: deque[tuple[int, int, list[Future[None]]]] = deque()  # sections that may still be written to
+
+    @property
+    def size(self) -> int:
+        return self._reach * len(self._handles)
 
     def reserve(self, size: int) -> None:
         """See to it that there is room on the disk for so many bytes in all.
@@ -137,40 +150,48 @@ class Scratch:
         Raises:
             OSError: the disk is full; found out here, not by a signal when the memory is read.
         """
-        more = size - self.size
+        self._reach_to(_whole_pages(-(-size // len(self._handles))))
+
+    def _reach_to(self, end: int) -> None:
+        more = end - self._reach
         if more <= 0:
             return
         try:
-            os.posix_fallocate(self._handle, self.size, more)
+            for handle in self._handles:
+                os.posix_fallocate(handle, self._reach, more)
         except OSError as error:
-            os.ftruncate(self._handle, self.size)  # what was found of it is for others
-            raise OSError(error.errno, error.strerror, self._place) from error
-        self._free.give_back(self.size, more)
-        self.size = size
+            for handle in self._handles:
+                os.ftruncate(handle, self._reach)  # what was found of it is for others
+            raise OSError(error.errno, error.strerror, self.place) from error
+        self._free.give_back(self._reach, more)
+        self._reach = end
 
-    def section(self, size: int, *, from_top: bool = False) -> Section:
-        """So many bytes of it.
+    def section(self, size: int, *, stripe: int = 2**20, from_top: bool = False) -> Section:
+        """So many bytes.
 
         Args:
+            stripe: bytes that lie one behind the other.
             from_top: the highest place that is free instead of the lowest: what lives long and what lives short then do
                 not end up between one another.
 
         Raises:
             OSError: the disk is full.
         """
-        size = _whole_pages(size)
+        turns, rest = divmod(max(1, size), stripe * len(self._handles))
+        length = turns * stripe + (_whole_pages(min(rest, stripe)) if rest else 0)  # of each file
         for _ in range(len(self._gone)):
             gone = self._gone.popleft()
             if all(task.done() for task in gone[2]):
                 self._free.give_back(gone[0], gone[1])
             else:
                 self._gone.append(gone)
-        if self._free.longest < size:
-            self.reserve(self.size + size - self._free.ending_at(self.size))
-        offset = self._free.take(size, from_top=from_top)
+        if self._free.longest < length:
+            self._reach_to(self._reach + length - self._free.ending_at(self._reach))
+        offset = self._free.take(length, from_top=from_top)
         assert offset is not None  # there is a stretch of that length now
-        section = Section(self, self._handle, offset, self._place)
-        weakref.finalize(section, self._gone.append, (offset, size, section.pending)).atexit = False
+        first = self._turn = (self._turn + 1) % len(self._handles)  # sections of one stripe go to all files too
+        section = Section(self, Lanes((*self._handles[first:], *self._handles[:first]), offset, stripe))
+        weakref.finalize(section, self._gone.append, (offset, length, section.pending)).atexit = False
         return section
 
     def store(self, x: Tensor) -> Filed:
@@ -184,27 +205,75 @@ class Scratch:
         block_io().write(piece, _flat(x))
         return Filed(piece, x)
 
+    def to_the_disk(self, *, forget: bool = False) -> None:
+        """Wait until the system has all of it on the disk.
+
+        Args:
+            forget: and nothing of it in memory.
+        """
+        for handle in self._handles:
+            os.fsync(handle)
+            if forget and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _close(handles: list[int]) -> None:
+    for handle in handles:
+        os.close(handle)
+
 
 class Section:
-    """A part of a scratch file: free again when nobody holds it any more and all of it is written.
+    """A part of a scratch: free again when nobody holds it any more and all of it is written.
 
     Attributes:
-        offset: where it begins in the file.
+        lanes: where it is.
         pending: what is being written.
     """
 
-    def __init__(self, scratch: Scratch, handle: int, offset: int, place: str):
-        self.handle, self.offset = handle, offset
+    def __init__(self, scratch: Scratch, lanes: Lanes):
+        self.lanes = lanes
         self.pending: list[Future[None]] = []
-        self._scratch, self._place = scratch, place  # the file lives as long as this
+        self._scratch = scratch  # its files live as long as this
 
     def to_write(self, offset: int, size: int) -> Piece:
         """A stretch of it, in bytes, which is read when all that was being written to the section is there."""
-        return Piece(self.handle, self.offset + offset, size, self._place, holder=self, pending=self.pending)
+        return Piece(self.lanes, offset, size, self._scratch.place, holder=self, pending=self.pending)
 
     def to_read(self, offset: int, size: int) -> Piece:
         """A stretch of it, in bytes, that is written."""
-        return Piece(self.handle, self.offset + offset, size, self._place, holder=self)
+        return Piece(self.lanes, offset, size, self._scratch.place, holder=self)
+
+    def mapped(self, size: int) -> mmap.mmap:
+        """Memory that is its first so many bytes, stripe after stripe.
+
+        Raises:
+            OSError: the system has no room for it among addresses.
+        """
+        if len(self.lanes.handles) == 1:
+            return mmap.mmap(self.lanes.handles[0], size, offset=self.lanes.base)
+        # Addresses alone, which the stripes take over; they go with this object.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        start, position = torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), 0
+        while position < size:
+            handle, offset, length = self.lanes.at(position)
+            _map_over(start + position, min(length, size - position), handle, offset)
+            position += length
+        return memory
+
+
+def _map_over(start: int, size: int, handle: int, offset: int) -> None:
+    """Let addresses that this process holds stand for a stretch of a file.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    if call(start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle, offset) != start:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 class Filed:
@@ -228,7 +297,7 @@ class Filed:
 
 
 class File:
-    """A part of a scratch file for rows, which goes with whoever holds it or a tensor that is mapped to it.
+    """A part of a scratch for rows, which goes with whoever holds it or a tensor that is mapped to it.
 
     It is mapped for those who want single rows, and written by calls: writing to mapped memory goes page by page
     through the system, several times as slow.
@@ -238,11 +307,11 @@ class File:
     """
 
     def __init__(self, size: int, scratch: Scratch):
-        self._section = scratch.section(size, from_top=True)
+        self._section = scratch.section(size, stripe=_ROWS_STRIPE, from_top=True)
 
     def mapped(self, count: int, dtype: torch.dtype) -> Tensor:
         """So many values from its beginning. To be asked for once."""
-        mapping = mmap.mmap(self._section.handle, count * dtype.itemsize, offset=self._section.offset)
+        mapping = self._section.mapped(count * dtype.itemsize)
         flat = torch.frombuffer(mapping, dtype=dtype, count=count)
         _MAPPED[flat.data_ptr()] = self
         weakref.finalize(mapping, _MAPPED.pop, flat.data_ptr(), None).atexit = False  # torch holds on to the mapping

@@ -89,15 +89,15 @@ def test_who_waits_for_the_disk_waits_for_all_of_it(
     filed = scratch.store(x)
     assert not all(task.done() for task in filed.piece.pending)
     gone = scratch.store(x)
-    offset = gone.piece.offset
+    offset = gone.piece.lanes.base
     del gone
     other = scratch.store(2 * x)
-    assert other.piece.offset > offset
+    assert other.piece.lanes.base > offset
     threading.Timer(0.05, go.set).start()
     assert torch.equal(fetched(filed, CPU), x)
     assert torch.equal(fetched(other, CPU), 2 * x)
     deadline = time.monotonic() + 10  # of the three, what nobody waits for may be written last
-    while scratch.store(x).piece.offset != offset:
+    while scratch.store(x).piece.lanes.base != offset:
         assert time.monotonic() < deadline
 
 

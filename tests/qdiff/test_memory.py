@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff import memory
+from qdiff import memory, places
 from qdiff.calibrate import calibrate
 from qdiff.capture import UnitData
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -577,38 +577,38 @@ def test_shelves_give_back_what_was_put_on_them(place: str, compact: bool, tmp_p
 
 def test_a_file_of_features_is_used_again(tmp_path: Path) -> None:
     """What is gone leaves its room to others, joined with what is free beside it."""
-    scratch = Scratch(tmp_path)
+    scratch = Scratch(tmp_path, files=1)
     pages = [torch.full((1, mmap.PAGESIZE // 4), float(value)) for value in range(4)]
     filed = [scratch.store(x) for x in pages[:3]]
-    assert [x.piece.offset // mmap.PAGESIZE for x in filed] == [0, 1, 2]
+    assert [x.piece.lanes.base // mmap.PAGESIZE for x in filed] == [0, 1, 2]
     for x in filed:
         x.piece.written()
     del filed[:2], x
     two = scratch.store(torch.cat(pages[2:]))
-    assert two.piece.offset == 0
+    assert two.piece.lanes.base == 0
     assert torch.equal(fetched(two, torch.device("cpu")), torch.cat(pages[2:]))
     assert torch.equal(fetched(filed[0], torch.device("cpu")), pages[2])
-    assert scratch.store(pages[0]).piece.offset == 3 * mmap.PAGESIZE
+    assert scratch.store(pages[0]).piece.lanes.base == 3 * mmap.PAGESIZE
 
 
 def test_rows_lie_at_the_end_of_the_file_and_features_at_its_beginning(tmp_path: Path) -> None:
-    page, scratch = mmap.PAGESIZE, Scratch(tmp_path)
+    page, scratch = mmap.PAGESIZE, Scratch(tmp_path, files=1)
     scratch.reserve(8 * page)
     filed = scratch.store(torch.ones(1, page // 4))
     rows = File(3 * page, scratch)
     mapped = rows.mapped(3 * page // 4, torch.float32)
     rows.write(0, torch.arange(3 * page // 4).float())
     rows.written()
-    assert (filed.piece.offset, rows.piece(0, 1).offset, scratch.size) == (0, 5 * page, 8 * page)
+    assert (filed.piece.lanes.base, rows.piece(0, 1).lanes.base, scratch.size) == (0, 5 * page, 8 * page)
     assert torch.equal(mapped, torch.arange(3 * page // 4).float())
     del rows
-    assert scratch.section(5 * page).offset == 8 * page  # a tensor is still mapped there
+    assert scratch.section(5 * page).lanes.base == 8 * page  # a tensor is still mapped there
     del mapped
-    assert scratch.section(5 * page).offset == page
+    assert scratch.section(5 * page).lanes.base == page
 
 
 def test_a_file_for_which_there_is_no_room_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scratch = Scratch(tmp_path)
+    scratch = Scratch(tmp_path, files=1)
     section = scratch.section(mmap.PAGESIZE)
     reserve = os.posix_fallocate
 
@@ -619,14 +619,14 @@ def test_a_file_for_which_there_is_no_room_stays_as_it_is(tmp_path: Path, monkey
     monkeypatch.setattr(os, "posix_fallocate", half)
     with pytest.raises(OSError, match="No space left"):
         scratch.section(8 * mmap.PAGESIZE)
-    assert os.fstat(section.handle).st_size == scratch.size == mmap.PAGESIZE
+    assert os.fstat(section.lanes.handles[0]).st_size == scratch.size == mmap.PAGESIZE
 
 
 def test_a_file_grows_by_no_more_than_it_has_to(tmp_path: Path) -> None:
-    page, scratch = mmap.PAGESIZE, Scratch(tmp_path)
+    page, scratch = mmap.PAGESIZE, Scratch(tmp_path, files=1)
     sections = [scratch.section(2 * page) for _ in range(2)]
     del sections[1]
-    assert scratch.section(3 * page).offset == 2 * page
+    assert scratch.section(3 * page).lanes.base == 2 * page
     assert scratch.size == 5 * page
     scratch.reserve(4 * page)
     assert scratch.size == 5 * page
@@ -634,21 +634,56 @@ def test_a_file_grows_by_no_more_than_it_has_to(tmp_path: Path) -> None:
 
 def test_one_phase_leaves_its_file_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = PlacesPool()
-    first = pool.scratch(tmp_path, 3 * mmap.PAGESIZE)
+    first = pool.scratch(tmp_path, 2**20)
     assert pool.scratch(tmp_path, mmap.PAGESIZE) is first
-    assert pool.file_bytes == first.size == 3 * mmap.PAGESIZE
+    assert pool.file_bytes == first.size == 2**20
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
-        assert pool.scratch(tmp_path, 9 * mmap.PAGESIZE).size == first.size  # what has room comes in yet
+        assert pool.scratch(tmp_path, 2**21).size == first.size  # what has room comes in yet
     other = tmp_path / "other"
     other.mkdir()
     assert pool.scratch(other, 0) is not first
     pool.close()
     assert pool.file_bytes == 0
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+@pytest.mark.parametrize("values", [1, 700, 1024, 1025, 2048, 5000, 9217])
+def test_stripes_go_to_files_in_turn(files: int, values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By calls at any place, and as memory."""
+    monkeypatch.setattr(places, "_ROWS_STRIPE", mmap.PAGESIZE)  # 1024 values
+    scratch, x = Scratch(tmp_path, files=files), torch.arange(values).float()
+    others = [File(4 * values, scratch) for _ in range(2)]
+    rows = File(4 * values, scratch)
+    middle = values // 3
+    rows.write(4 * middle, x[middle:])
+    rows.write(0, x[:middle])
+    for other in others:
+        other.write(0, -x)
+        other.written()
+    rows.written()
+    mapped = rows.mapped(values, torch.float32)
+    assert torch.equal(mapped, x)
+    for start in (0, middle, values - 1):
+        out = torch.empty(values - start)
+        rows.read(4 * start, out)
+        assert torch.equal(out, x[start:])
+        assert torch.equal(fetched(mapped[start:], CPU), x[start:])
+    mapped.add_(1)
+    rows.read(0, out := torch.empty(values))
+    assert torch.equal(out, x + 1)
+    used = [len(set(os.pread(handle, 2**20, 0))) > 1 for handle in scratch._handles]
+    assert sum(used) >= min(files, 1 + values // 1024)
+
+
+def test_small_sections_go_to_files_in_turn_too(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, files=3)
+    first = {scratch.section(10).lanes.handles[0] for _ in range(3)}
+    assert first == set(scratch._handles)
 
 
 def test_values_beyond_half_precision_stay_in_full() -> None:
