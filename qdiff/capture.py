@@ -220,17 +220,18 @@ class Frontier:
         """Have a chunk brought to the GPU while the one before is computed, if it waits on the host.
 
         Args:
-            behind: with the connection that the stage after the next one joins.
+            behind: with what the stage after the next one takes beside what that one does.
         """
         flow = self._flows[index] if index < len(self._flows) else None
         if self.device.type != "cuda" or flow is None:
             return
-        stage = self._stages[self._number]
+        stage, *after_it = self._stages[self._number : self._number + 2]
         taken = [*_taken(flow, stage)]
-        if behind and self._number + 1 < len(self._stages):
-            after = self._stages[self._number + 1]
+        for after in after_it if behind else []:
             left = flow.skips[:-1] if stage.joins else flow.skips
             taken += left[-1:] if after.joins and not stage.leaves else []
+            taken += [flow.context] if after.attends and not stage.attends else []
+            taken += [flow.temb] if after.timed and not stage.timed else []
         for x in taken:
             if isinstance(x, Tensor):
                 transfers().expect(x)
@@ -292,7 +293,7 @@ class Frontier:
         for index in range(len(self._flows)):
             self._expect(index + 1, behind=reached is not None)
             moved = _once_each(self._moved(self._complete(index), stage), self.shelf.rounded)
-            self._flows[index] = self._stored(moved)
+            self._flows[index] = self._stored(moved, index)
             if reached is not None:
                 unit, collector = reached
                 self._reach(unit, self._joined(moved, index, self._number + 1), collector)
@@ -344,13 +345,13 @@ class Frontier:
         return self._flows[number] or self.starts[number]
 
     def _moved(self, flow: Any, stage: Any) -> Any:
-        """A chunk behind the stage, where it was computed."""
+        """A chunk behind the stage, what it took and gives where it was computed."""
         moved = flow.for_stage(stage, self._fetched)
         self.clock.set(moved.t)
         self._size = moved.h.shape[2:]
         with as_if_learning(), self._as_rows_between_units(stage):
             self.unet.advance(stage, moved)
-        return dataclasses.replace(moved, t=flow.t, context=flow.context)
+        return moved
 
     def _fetched(self, x: Tensor) -> Tensor:
         return unpacked(fetched(x, self.device))
@@ -370,9 +371,11 @@ class Frontier:
             for handle in handles:
                 handle.remove()
 
-    def _stored(self, flow: Any) -> Any:
+    def _stored(self, flow: Any, index: int) -> Any:
         """What shall wait of a chunk behind the next stage; None: nothing."""
-        there = {id(flow.t), id(flow.context)}  # in the starts
+        start = self.starts[index]
+        flow = dataclasses.replace(flow, t=start.t, context=start.context)
+        there = {id(flow.t), id(flow.context)}
         if self.kept is None or self._number + 1 >= len(self.kept):
             return _once_each(flow, lambda x: x if id(x) in there else self.shelf.keep(x))
         kept = self.kept[self._number + 1]
