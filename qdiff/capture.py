@@ -337,7 +337,7 @@ class Frontier:
 
     def set_clock(self, start: int) -> None:
         """Tell the network the timesteps of the chunk that begins with a sample."""
-        self.clock.set(self._waiting_or_first(start).t.to(self.device))
+        self.clock.set(self._fetched(self._waiting_or_first(start).t))
 
     def _waiting_or_first(self, start: int) -> Any:
         """The chunk that begins with a sample, wherever it is: for what no stage changes."""
