@@ -70,10 +70,12 @@ class PlacesPool:
 
     @property
     def pinned_bytes(self) -> int:
+        """What is pinned."""
         return 0 if self._arena is None else self._arena.size
 
     @property
     def file_bytes(self) -> int:
+        """What the disk has room for, in files that are there."""
         return 0 if self._scratch is None else self._scratch.size
 
     def arena(self, size: int) -> Arena | None:

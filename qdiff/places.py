@@ -122,9 +122,6 @@ class Scratch:
     Args:
         folder: where they are; None: the system's temporary one.
         files: how many; see :class:`qdiff.block_io.Lanes`.
-
-    Attributes:
-        size: bytes, for which the disk has room.
     """
 
     def __init__(self, folder: Path | None, files: int = FILES):
@@ -142,6 +139,7 @@ class Scratch:
 
     @property
     def size(self) -> int:
+        """In bytes; the disk has room for it."""
         return self._reach * len(self._handles)
 
     def reserve(self, size: int) -> None:
@@ -167,7 +165,7 @@ class Scratch:
         self._reach = end
 
     def section(self, size: int, *, stripe: int = 2**20, from_top: bool = False) -> Section:
-        """So many bytes.
+        """So many bytes of them, which are free again when nobody holds them.
 
         Args:
             stripe: bytes that lie one behind the other.
