@@ -9,7 +9,7 @@ from torch import Tensor
 
 _ELEMENTS = 1024  # of a flat tensor that one program works on
 _FAR_ELEMENTS, _FAR_PROGRAMS = 8192, 16  # the same where rows come over the bus: in flight are 16 x 16 KiB in float16
-_ROWS_ELEMENTS = 2048  # of whole rows that one program normalises
+_ROWS_ELEMENTS = 4096  # of whole rows that one program normalises
 _NORM_WHOLE = 1024  # of one group's values that are normalised by one program
 _NORM_ROWS, _NORM_WIDTH = 128, 32  # positions and channels that one program works on otherwise
 
