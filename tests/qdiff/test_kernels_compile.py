@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for a GPU, for which the compiler needs none; the interpreter takes more than it does."""
+"""Every Triton kernel compiles for a GPU, which takes none: the interpreter puts up with more than the compiler does."""
 
 from __future__ import annotations
 
