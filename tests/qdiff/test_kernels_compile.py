@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for a GPU, which takes none: the interpreter puts up with more than the compiler does."""
+"""Every Triton kernel compiles for a GPU, with none there: the interpreter takes more than the compiler does."""
 
 from __future__ import annotations
 
