@@ -223,7 +223,7 @@ class Frontier:
             behind: with what the stage after the next one takes beside what that one does.
         """
         flow = self._flows[index] if index < len(self._flows) else None
-        if self.device.type != "cuda" or flow is None:
+        if flow is None:
             return
         stage, *after_it = self._stages[self._number : self._number + 2]
         taken = [*_taken(flow, stage)]
