@@ -226,12 +226,10 @@ class Frontier:
         if flow is None:
             return
         stage, *after_it = self._stages[self._number : self._number + 2]
-        taken = [*_taken(flow, stage)]
-        for after in after_it if behind else []:
-            left = flow.skips[:-1] if stage.joins else flow.skips
-            taken += left[-1:] if after.joins and not stage.leaves else []
-            taken += [flow.context] if after.attends and not stage.attends else []
-            taken += [flow.temb] if after.timed and not stage.timed else []
+        taken = _taken(flow, stage)
+        for after in after_it if behind else []:  # what both take is expected once
+            skips = [*(flow.skips[:-1] if stage.joins else flow.skips), *([None] if stage.leaves else [])]
+            taken += _taken(dataclasses.replace(flow, skips=skips), after)
         for x in taken:
             if isinstance(x, Tensor):
                 transfers().expect(x)
@@ -402,7 +400,7 @@ class Frontier:
 
 
 def _taken(flow: Any, stage: Any) -> list[Any]:
-    """What a stage takes of a chunk, in the order in which it is fetched; None for what is computed anew."""
+    """What a stage takes of a chunk, in the order in which it is fetched; None for what is not there yet."""
     return [
         *(flow.skips[-1:] if stage.joins else []),
         *([flow.context] if stage.attends else []),

@@ -131,6 +131,21 @@ class Arena:
         self._free.give_back(offset, self._pieces.pop(offset).size)
 
 
+def alone(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in pinned memory of its own, not initialised, which goes with it."""
+    memory = Arena(math.prod(shape) * dtype.itemsize + ALIGNMENT)
+    piece = memory.empty(shape, dtype)
+    assert piece is not None  # the whole of it
+    return piece
+
+
+def advise(start: int, size: int, advice: int) -> None:
+    """Tell the system about whole pages of memory, without holding other threads up; it may refuse."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    madvise(start, size, advice)
+
+
 def _populate(memory: Tensor) -> None:
     """Have the system give all of it now, to several threads at once: pinning would ask for it in one.
 
@@ -139,11 +154,9 @@ def _populate(memory: Tensor) -> None:
     start, size = memory.data_ptr(), memory.numel()
     if start % mmap.PAGESIZE or not sys.platform.startswith("linux"):
         return
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
     def ask(offset: int) -> None:
-        madvise(start + offset, min(_PART, size - offset), _POPULATE_WRITE)
+        advise(start + offset, min(_PART, size - offset), _POPULATE_WRITE)
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         deque(threads.map(ask, range(0, size, _PART)), maxlen=0)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qdiff import fused
 from qdiff.block_io import Lanes, Piece, block_io, read_at_once
-from qdiff.pinned import ALIGNMENT, Arena
+from qdiff.pinned import Arena, advise, alone
 from qdiff.stretches import Stretches
 from qdiff.transfers import transfers
 
@@ -73,10 +73,7 @@ def on_host(x: Tensor) -> Tensor:
     """``x`` there; what comes from a GPU, in pinned memory of its own."""
     if x.device.type != "cuda":
         return x.cpu()
-    size = x.numel() * x.element_size()
-    flat = Arena(-(-size // ALIGNMENT) * ALIGNMENT).empty((x.numel(),), x.dtype)
-    assert flat is not None  # the whole of it
-    place = _laid_out_like(flat, x)
+    place = _laid_out_like(alone((x.numel(),), x.dtype), x)
     transfers().store(x, place)
     return place
 
@@ -392,8 +389,7 @@ def released(x: Tensor) -> None:
     if _file_of(x) is not None:
         start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         size = x.data_ptr() + x.numel() * x.element_size() - start
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        advise(start, size, mmap.MADV_DONTNEED)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -562,8 +558,7 @@ class _RowStore:
         piece = None if arena is None else arena.empty(shape, self.dtype, from_top=True)
         if piece is None:
             log.debug("%d rows of %d values get pinned memory of their own", *shape)
-            piece = Arena(count * self.length * self.dtype.itemsize + ALIGNMENT).empty(shape, self.dtype)
-            assert piece is not None  # the whole of it
+            piece = alone(shape, self.dtype)
         return piece
 
     def write(self, start: int, x: Tensor) -> None:

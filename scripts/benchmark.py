@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -790,13 +790,30 @@ def learned_units(parts: Breakdown) -> list[UnitReport]:
 def all_kernels(parts: Breakdown) -> list[dict[str, Any]]:
     """What all iterations of all units consisted of, see :func:`kernels_of`."""
     iterations = {(report.name, report.phase): report.iterations for report in parts.reports}
+    return added_up(
+        (k["name"], k["calls"] * iterations[unit], k["seconds"] * iterations[unit])
+        for unit, kernels in parts.kernels.items()
+        for k in kernels
+    )
+
+
+def added_up(kernels: Iterable[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    """Names, calls and seconds, as in :func:`kernels_of`: one for each name, those that took longest first."""
     found: dict[str, dict[str, Any]] = {}
-    for unit, kernels in parts.kernels.items():
-        for kernel in kernels:
-            one = found.setdefault(kernel["name"], {"name": kernel["name"], "calls": 0.0, "seconds": 0.0})
-            for what in ("calls", "seconds"):
-                one[what] += kernel[what] * iterations[unit]
+    for name, calls, took in kernels:
+        one = found.setdefault(name, {"name": name, "calls": 0.0, "seconds": 0.0})
+        one["calls"] += calls
+        one["seconds"] += took
     return sorted(found.values(), key=lambda kernel: -kernel["seconds"])
+
+
+def kernel_table(kernels: Sequence[dict[str, Any]], total: float) -> str:
+    """Kernels with their shares of so many seconds."""
+    lines = [
+        [k["name"][:70], f"{k['calls']:.0f}", f"{1e3 * k['seconds']:.3f}", f"{k['seconds'] / total:.0%}"]
+        for k in kernels
+    ]
+    return markdown_table(["kernel", "calls", "ms", "share"], lines)
 
 
 def profile_table(parts: Breakdown) -> str:
@@ -816,14 +833,10 @@ def unit_profile(report: UnitReport, kernels: list[dict[str, Any]]) -> str:
     """What an iteration of a unit consists of; what ran less than once in one is for looks at it and the like."""
     each = [k for k in kernels if k["calls"] >= 1]
     total = sum(k["seconds"] for k in each)
-    lines = [
-        [k["name"][:70], f"{k['calls']:.0f}", f"{1e3 * k['seconds']:.3f}", f"{k['seconds'] / total:.0%}"]
-        for k in each[: 2 * SHOWN_KERNELS]
-    ]
     title = f"{report.name}, {report.phase}: kernels take {1e3 * total:.2f} ms an iteration"
     if report.iteration_seconds:
         title += f", which takes {1e3 * report.iteration_seconds:.2f}"
-    return f"{title}.\n\n{markdown_table(['kernel', 'calls', 'ms', 'share'], lines)}"
+    return f"{title}.\n\n{kernel_table(each[: 2 * SHOWN_KERNELS], total)}"
 
 
 # A step.
@@ -959,16 +972,9 @@ def step_rows(chosen: Sequence[Variant], network: Network, batch_size: int, args
 def step_profile(row: dict[str, Any]) -> str:
     """What a step consists of: kinds of kernels, and the longest ones."""
     total = sum(k["seconds"] for k in row["kernels"])
-    kinds: dict[str, list[float]] = {}
-    for k in row["kernels"]:
-        calls_and_seconds = kinds.setdefault(kind_of_kernel(k["name"]), [0.0, 0.0])
-        calls_and_seconds[0] += k["calls"]
-        calls_and_seconds[1] += k["seconds"]
-    found = [(f"all: {kind}", *of) for kind, of in sorted(kinds.items(), key=lambda item: -item[1][1])]
-    found += [(k["name"][:70], k["calls"], k["seconds"]) for k in row["kernels"][:SHOWN_KERNELS]]
-    lines = [[name, f"{calls:.0f}", f"{1e3 * took:.3f}", f"{took / total:.0%}"] for name, calls, took in found]
+    kinds = added_up((f"all: {kind_of_kernel(k['name'])}", k["calls"], k["seconds"]) for k in row["kernels"])
     title = f"{row['variant']}, batch {row['batch_size']}: kernels take {1e3 * total:.2f} ms a step."
-    return f"{title}\n\n{markdown_table(['kernel', 'calls', 'ms', 'share'], lines)}"
+    return f"{title}\n\n{kernel_table([*kinds, *row['kernels'][:SHOWN_KERNELS]], total)}"
 
 
 def random_inputs(network: Network, count: int) -> tuple[Tensor, ...]:
