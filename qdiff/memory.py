@@ -31,7 +31,7 @@ from torch import Tensor
 from qdiff.attention import LARGEST_MAP, PART_OF_MAP, as_if_learning
 from qdiff.block_io import STAGING_BYTES, Piece, block_io
 from qdiff.pinned import ALIGNMENT, Arena
-from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Scratch, Shelf, compactable
+from qdiff.places import RING_STRETCHES, STRETCH, Collector, Place, Scratch, Shelf, compactable, wait_for_closed
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_model import QuantModel
 
@@ -898,7 +898,8 @@ def free_host_bytes() -> int:
 
 
 def free_file_bytes(folder: Path | None) -> int:
-    """What files of captured data may take, where they are made."""
+    """What files of captured data may take, where they are made, when those before them are gone."""
+    wait_for_closed()
     return int(FILE_SHARE * shutil.disk_usage(_folder_of_files(folder)).free)
 
 

@@ -6,20 +6,24 @@ where is the business of :mod:`qdiff.memory`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
+import functools
 import logging
 import math
 import mmap
 import os
 import sys
 import tempfile
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -124,7 +128,8 @@ class Scratch:
     def __init__(self, folder: Path | None, files: int = FILES):
         self.folder, self.place = folder, str(folder or tempfile.gettempdir())
         self._handles: list[int] = []
-        weakref.finalize(self, _close, self._handles)
+        closing = _closing(os.getpid())  # a finalizer must not start threads
+        weakref.finalize(self, _close, self._handles, closing)
         for _ in range(files):
             handle, name = tempfile.mkstemp(dir=folder, prefix=".captured-", suffix=".part")
             os.unlink(name)
@@ -212,9 +217,33 @@ class Scratch:
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _close(handles: list[int]) -> None:
+def _close(handles: list[int], closing: SimpleQueue[Callable[[], object]]) -> None:
     for handle in handles:
-        os.close(handle)
+        closing.put(functools.partial(os.close, handle))
+
+
+@functools.cache
+def _closing(process: int) -> SimpleQueue[Callable[[], object]]:
+    """What a thread of this process works through, one after the other, beside whatever comes next.
+
+    Where a disk is told of the room that files give back, closing them takes a second for every few gigabytes.
+    """
+    todo: SimpleQueue[Callable[[], object]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                todo.get()()
+
+    threading.Thread(target=work, name="giving files back", daemon=True).start()
+    return todo
+
+
+def wait_for_closed() -> None:
+    """Wait until the disk has the room of all files back that were let go."""
+    done = threading.Event()
+    _closing(os.getpid()).put(done.set)
+    done.wait()
 
 
 class Section:

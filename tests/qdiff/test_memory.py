@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -630,6 +631,28 @@ def test_a_file_grows_by_no_more_than_it_has_to(tmp_path: Path) -> None:
     assert scratch.size == 5 * page
     scratch.reserve(4 * page)
     assert scratch.size == 5 * page
+
+
+def test_files_are_given_back_beside_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = Scratch(tmp_path, files=2)
+    section = scratch.section(1)
+    handles, slow, close = section.lanes.handles, threading.Event(), os.close
+
+    def wait_and_close(handle: int) -> None:
+        if handle in handles:
+            slow.wait()
+        close(handle)
+
+    monkeypatch.setattr(os, "close", wait_and_close)
+    del scratch
+    assert all(map(os.fstat, handles))  # a section holds them
+    del section  # returns, though closing takes long
+    assert all(map(os.fstat, handles))
+    threading.Timer(0.05, slow.set).start()
+    memory.free_file_bytes(tmp_path)  # asks for room that is there again
+    for handle in handles:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(handle)
 
 
 def test_one_phase_leaves_its_file_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
