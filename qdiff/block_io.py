@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2**24
-THREADS = 4  # for each direction; one alone does not keep a disk busy
-_WRITTEN, _READ_AHEAD, _READ = 6, 12, 4  # blocks of pinned memory
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+BLOCK = 2**23
+# For each direction. One alone does not keep a disk busy; what the system has in memory each copies at some GB/s.
+THREADS = min(8, max(4, CORES // 4))
+_WRITTEN, _READ_AHEAD, _READ = 3 * THREADS, 24, THREADS  # blocks of pinned memory
 STAGING_BYTES = (_WRITTEN + _READ_AHEAD + _READ) * BLOCK
 
 

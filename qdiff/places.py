@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from qdiff import fused
-from qdiff.block_io import Lanes, Piece, block_io, read_at_once
+from qdiff.block_io import THREADS, Lanes, Piece, block_io, read_at_once
 from qdiff.pinned import Arena, advise, alone
 from qdiff.stretches import Stretches
 from qdiff.transfers import transfers
 
-FILES = 4 if sys.platform.startswith("linux") else 1  # in which captured data wait
+FILES = THREADS if sys.platform.startswith("linux") else 1  # in which captured data wait: one for each who writes
 _ROWS_STRIPE = 2**24  # bytes; each is a mapping of its own, of which a process may have some ten thousands
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux's, which mmap does not name
 STRETCH = 10  # iterations whose rows are read from a file at once
