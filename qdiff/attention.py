@@ -158,6 +158,25 @@ def _spares(quantizer: nn.Module | None) -> bool:
     return quantizer is None or (getattr(quantizer, "ready", True) and not quantizer._forward_pre_hooks)
 
 
+def rounded_in_passing(q: Tensor, k: Tensor, v: Tensor, quantizer: Any, *, scale: float) -> Tensor | None:
+    """Attention with a rounded map that is never in memory, where a kernel serves to sample; None elsewhere.
+
+    A calibration computes the map as its gradients need it: what units learn from then are the same bits.
+
+    Args:
+        q, k, v: see :func:`attention`.
+        quantizer: of the map. Where something looks at what comes to it, or it sets itself, there has to be a map.
+    """
+    if not torch.compiler.is_compiling() and _sparing.get():
+        return None
+    if not fused.can_round_in_passing(q, k, v):
+        return None
+    inner = getattr(quantizer, "module", quantizer)  # in lower precision there is one around it
+    if quantizer._forward_pre_hooks or inner._forward_pre_hooks or inner._forward_hooks or not inner.ready:
+        return None
+    return fused.rounded_attention(q, k, v, *inner.grids_of(len(q)), scale=scale)
+
+
 def by_heads(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     q: Tensor,

@@ -11,7 +11,6 @@ Feature maps are channels-last in memory (N, H, W, C): what tensor cores read, a
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import math
 import os
@@ -21,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TRITON_THERE = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly: how they are tested there
 _WIDEST_ROW = 4096  # that one program holds while it normalises it
+_LARGE_MAP = 2**24  # values; smaller ones stay in the GPU's cache
+_WIDEST_HEAD = 128
 _state = {"on": True}
 
 
 def available(device: torch.device) -> bool:
     """Whether kernels can run on a device at all."""
-    return (device.type == "cuda" or _INTERPRETED) and _triton_there()
-
-
-@functools.cache
-def _triton_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return (device.type == "cuda" or _INTERPRETED) and _TRITON_THERE
 
 
 def enabled(device: torch.device) -> bool:
@@ -241,6 +238,50 @@ def gated_gelu(x: Tensor) -> Tensor:
 def can_gate(x: Tensor) -> bool:
     """Whether the kernel serves this call."""
     return enabled(x.device) and x.dtype in (torch.float32, torch.bfloat16) and 0 < x.numel() < 2**31
+
+
+@torch.library.custom_op("qdiff::rounded_attention", mutates_args=())
+def _rounded_attention(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    """An operation of its own, which torch.compile takes as it is."""
+    from qdiff import triton_kernels
+
+    out = _empty_attended(q, k, v, delta, lo, hi, scale)
+    triton_kernels.rounded_attention(q, k, v, delta, lo, hi, out, scale=scale)
+    return out
+
+
+@_rounded_attention.register_fake
+def _empty_attended(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    images, heads, positions, width = q.shape
+    return q.new_empty(images, positions, heads, width).transpose(1, 2)  # as the layer behind it wants to have them
+
+
+def rounded_attention(
+    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, *, scale: float
+) -> Tensor:
+    """softmax(scale q k) v for each head, the softmax map rounded to a grid, without the map in memory.
+
+    Scores and map are in float32 until the map meets the values. Without gradients.
+
+    Args:
+        q: N x A x P x K, of N images and A heads; k, v: N x A x L x K.
+        delta, lo, hi: step size and integer bounds of the grid, one value each or one for each image.
+
+    Returns:
+        N x A x P x K, the heads of a position next to each other in memory.
+    """
+    return _rounded_attention(q, k, v, delta, lo, hi, scale)
+
+
+def can_round_in_passing(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`rounded_attention` serves this call: in half precision, where the map is large."""
+    if not (_state["on"] and available(q.device)) or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    map_values = q[..., 0].numel() * k.shape[2]
+    small_enough = q.shape[3] <= _WIDEST_HEAD and max(x.numel() for x in (q, k, v)) < 2**31
+    return k.dtype == v.dtype == q.dtype and small_enough and map_values >= _LARGE_MAP
 
 
 def _is_dense(x: Tensor) -> bool:

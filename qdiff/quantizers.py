@@ -70,6 +70,11 @@ class UniformAffineQuantizer(nn.Module):
             self.find_grid(x)
         return primitives.fake_quantize(x, self.delta, *self._shifted)
 
+    def grids_of(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Step size, lowest and highest whole number, 0 standing for 0: one for all rows, or one for each."""
+        lo, hi = (b if isinstance(b, Tensor) else torch.full_like(self.delta, b) for b in self._shifted)
+        return self.delta, lo, hi
+
     @torch.no_grad()
     def find_grid(self, x: Tensor) -> None:
         """Set step size and zero point from a tensor, by the configured method."""
@@ -187,11 +192,14 @@ class TimedQuantizer(UniformAffineQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.ready:
             self.find_grid(x)
-        index = self.clock.rows(len(x))
         shape = (-1,) + (1,) * (x.dim() - 1)
-        lo, hi = (table.index_select(0, index).view(shape) for table in self._shifted)
-        delta = self._chosen_delta(index).view(shape)
+        delta, lo, hi = (values.view(shape) for values in self.grids_of(len(x)))
         return primitives.fake_quantize(x, delta, lo, hi).to(x.dtype)  # a grid a row would widen half precision
+
+    def grids_of(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = self.clock.rows(rows)
+        lo, hi = (table.index_select(0, index) for table in self._shifted)
+        return self._chosen_delta(index), lo, hi
 
     def _chosen_delta(self, index: Tensor) -> Tensor:
         """The step size of each row. Gradients are added up in a fixed order; on a GPU those of an index are not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -191,6 +193,78 @@ def gated_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 # Layer normalisation: one program normalises a few rows, each whole.
+
+
+@triton.jit
+def _scores(queries, k, start, tokens, scale, K_P: tl.constexpr, K_C: tl.constexpr, WIDTH: tl.constexpr,
+            PADDED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Of one block of queries with one of keys, as powers of two; -inf behind the last token."""
+    columns, channels = start + tl.arange(0, TOKENS), tl.arange(0, PADDED)
+    there = (columns[None, :] < tokens) & (channels[:, None] < WIDTH)
+    keys = tl.load(k + columns[None, :] * K_P + channels[:, None] * K_C, mask=there, other=0.0)
+    return tl.where(columns[None, :] < tokens, tl.dot(queries, keys) * scale, float("-inf"))
+
+
+@triton.jit
+def _rounded_attention_kernel(
+    q, k, v, delta, lo, hi, out, heads, positions, tokens, q_n, k_n, v_n, out_n, per_image, scale,
+    Q_A: tl.constexpr, Q_P: tl.constexpr, Q_C: tl.constexpr, K_A: tl.constexpr, K_P: tl.constexpr, K_C: tl.constexpr,
+    V_A: tl.constexpr, V_P: tl.constexpr, V_C: tl.constexpr, OUT_A: tl.constexpr, OUT_P: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    there = (rows[:, None] < positions) & (channels[None, :] < WIDTH)
+    q += image * q_n + head * Q_A
+    k += image * k_n + head * K_A
+    v += image * v_n + head * V_A
+    queries = tl.load(q + rows[:, None] * Q_P + channels[None, :] * Q_C, mask=there, other=0.0)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, tokens, TOKENS):
+        scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+        highest = higher
+    # Only now are the values of the map known: once more.
+    step = tl.load(delta + image * per_image)
+    low, high = tl.load(lo + image * per_image), tl.load(hi + image * per_image)
+    share = 1.0 / (total * step)
+    summed = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, tokens, TOKENS):
+        scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
+        number = _rounded(tl.exp2(scores - highest[:, None]) * share[:, None])
+        columns = start + tl.arange(0, TOKENS)
+        number = tl.where(columns[None, :] < tokens, tl.minimum(tl.maximum(number, low), high), 0.0)
+        in_v = (columns[:, None] < tokens) & (channels[None, :] < WIDTH)
+        values = tl.load(v + columns[:, None] * V_P + channels[None, :] * V_C, mask=in_v, other=0.0)
+        summed = tl.dot((number * step).to(values.dtype), values, summed)
+    out += image * out_n + head * OUT_A
+    tl.store(out + rows[:, None] * OUT_P + channels[None, :], summed.to(queries.dtype), mask=there)
+
+
+def rounded_attention(
+    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, out: Tensor, *, scale: float
+) -> None:
+    """Attention whose softmax map is rounded, block by block: it is never in memory.
+
+    Scores are computed twice, as a value of the map is known when its whole row was seen. Strides are constants, so
+    that the compiler knows how much can be read at once.
+
+    Args:
+        q: N x A x P x K in half precision, of N images and A heads; k, v: N x A x L x K; in any layout.
+        delta, lo, hi: of the grid, one value or one for each image.
+        out: like ``q``, channels next to each other.
+    """
+    images, heads, positions, width = q.shape
+    padded = max(16, triton.next_power_of_2(width))
+    rows, tokens = (128, 64) if padded <= 64 else (64, 64)
+    _rounded_attention_kernel[(triton.cdiv(positions, rows), images * heads)](
+        q, k, v, delta, lo, hi, out, heads, positions, k.shape[2], *(x.stride(0) for x in (q, k, v, out)),
+        int(delta.numel() > 1), scale * math.log2(math.e),
+        *q.stride()[1:], *k.stride()[1:], *v.stride()[1:], *out.stride()[1:3],
+        WIDTH=width, PADDED=padded, ROWS=rows, TOKENS=tokens, num_warps=4, num_stages=3,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, Transfo
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from qdiff import fused
 from qdiff.adapters import Adapter
-from qdiff.attention import UNQUANTIZED_MAP, attention, by_heads, rounds_map
+from qdiff.attention import UNQUANTIZED_MAP, attention, by_heads, rounded_in_passing, rounds_map
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -73,6 +73,9 @@ class QuantAttentionBlock(BaseQuantBlock, AttentionBlock):
         scale = q.shape[2] ** -0.25
         q, k = scores["act_quantizer_q"](q * scale), scores["act_quantizer_k"](k * scale)  # N, A, K, P
         v = sums["act_quantizer_v"](v)
+        rows = q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3)
+        if (out := rounded_in_passing(*rows, sums["act_quantizer_w"], scale=1.0)) is not None:
+            return out.transpose(2, 3)
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             weights = sums["act_quantizer_w"]((q.transpose(2, 3) @ k).softmax(dim=3))  # N, A, P (of q), P (of k)
@@ -118,9 +121,12 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
         if not self.rounds_map():
             return super().attend(q, k, v)
+        scale = q.shape[3] ** -0.5
+        if (out := rounded_in_passing(q, k, v, self.act_quantizer_w, scale=scale)) is not None:
+            return out
 
         def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            weights = (q @ k.transpose(2, 3)).mul_(q.shape[3] ** -0.5).softmax(dim=3)  # N, A, P, L
+            weights = (q @ k.transpose(2, 3)).mul_(scale).softmax(dim=3)  # N, A, P, L
             return self.act_quantizer_w(weights) @ v
 
         size = q[..., 0].numel() * k.shape[2]

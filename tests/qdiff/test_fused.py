@@ -17,9 +17,16 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import gated_gelu
 from qdiff import fused, primitives
-from qdiff.config import CalibrationConfig
+from qdiff.act_ranges import find_act_ranges
+from qdiff.attention import sparing
+from qdiff.config import CalibrationConfig, QuantConfig, TimedRanges
+from qdiff.inference import lower_precision
+from qdiff.quant_block import BaseQuantBlock
+from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.reconstruction import reconstruct_activations, reconstruct_weights
+
+from ..ldm.unets import latent_inputs, tiny_latent_unet
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -233,6 +240,107 @@ def test_group_norm(
     with fused.plain_pytorch():
         plain = gradients(lambda x: fused.group_norm(norm, x, silu=silu), x)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=3e-5)
+
+
+def heads(*shape: int, seed: int = 0, last: bool = True, dtype: torch.dtype = torch.float16) -> Tensor:
+    """N x A x P x K as layers give it, heads (or channels of a head) one after the other."""
+    images, count, positions, width = shape
+    order = (images, positions, count, width) if last else (images, count, width, positions)
+    x = torch.randn(order, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return x.transpose(1, 2) if last else x.transpose(2, 3)
+
+
+def rounded_by_map(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    """In double precision, with the map."""
+    q, k, v, delta, lo, hi = (x.double() for x in (q, k, v, delta, lo, hi))
+    delta, lo, hi = (x.view(-1, 1, 1, 1) for x in (delta, lo, hi))
+    weights = (scale * q @ k.transpose(2, 3)).softmax(dim=3)
+    return (weights / delta).round().clamp(lo, hi) * delta @ v
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    return ((x.double() - y.double()).norm() / y.double().norm()).item()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(
+    ("positions", "tokens", "width", "last"),
+    [(130, 130, 40, True), (70, 77, 40, True), (65, 65, 72, False), (3, 1, 5, True)],
+)
+def test_attention_rounds_in_passing(
+    positions: int, tokens: int, width: int, last: bool, bits: int, dtype: torch.dtype
+) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies matrices of the bytes of bfloat16")
+    q = heads(2, 3, positions, width, last=last, dtype=dtype)
+    k, v = (heads(2, 3, tokens, width, seed=seed, last=last, dtype=dtype) for seed in (1, 2))
+    top = 2.0**bits - 1
+    grid = torch.tensor(0.5 / top), torch.tensor(0.0), torch.tensor(top)  # the highest values of the map are cut off
+    grid = tuple(x.to(DEVICE) for x in grid)
+    out = fused.rounded_attention(q, k, v, *grid, scale=width**-0.5)
+    right = rounded_by_map(q, k, v, *grid, scale=width**-0.5)
+    assert distance(out, right) < (1e-3 if dtype == torch.float16 else 8e-3)  # the type's rounding of the map
+    assert out.dtype == dtype
+    assert out.transpose(1, 2).is_contiguous()
+    if positions > 100 and bits == 8:
+        assert distance(right, (width**-0.5 * q.double() @ k.double().mT).softmax(3) @ v.double()) > 0.02  # it rounds
+
+
+@needs_kernels
+def test_attention_rounds_each_image_to_its_own_grid() -> None:
+    q, k, v = (heads(3, 2, 20, 16, seed=seed) for seed in range(3))
+    delta, lo, hi = (
+        torch.tensor(x, device=DEVICE) for x in ([0.05, 0.3, 0.004], [0.0, -1.0, 3.0], [15.0, 14.0, 200.0])
+    )
+    out = fused.rounded_attention(q, k, v, delta, lo, hi, scale=1.0)
+    assert distance(out, rounded_by_map(q, k, v, delta, lo, hi, scale=1.0)) < 2e-3
+    compiled = torch.ops.qdiff.rounded_attention(q, k, v, delta, lo, hi, 1.0)
+    assert torch.equal(compiled, out)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "bits", "timed"),
+    [("transformer", 16, "none"), ("transformer", 8, "all"), ("head_channels", 8, "none")],
+)
+def test_networks_in_half_precision_round_maps_in_passing(
+    kind: str, bits: int, timed: TimedRanges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_LARGE_MAP", 1)
+    calls: list[int] = []
+    kernel = fused.rounded_attention
+    monkeypatch.setattr(fused, "rounded_attention", lambda *x, **named: (calls.append(1), kernel(*x, **named))[1])
+    inputs = [x.to(DEVICE) for x in latent_inputs(kind, 2)]
+    config = QuantConfig(weight_bit=8, act_bit=16, quant_act=True, sm_abit=bits, timed_ranges=timed)
+    qnn = QuantModel.from_config(tiny_latent_unet(kind).eval(), config.at_timesteps(inputs[1].tolist())).to(DEVICE)
+    qnn.find_weight_grids()
+    find_act_ranges(qnn, tuple(inputs))
+    qnn.set_quant_state(True, True)
+    lower_precision(qnn, "fp16")
+    maps = [block for block in qnn.modules() if isinstance(block, BaseQuantBlock) and block.attention_quantizers()]
+
+    def output() -> tuple[Tensor, int]:
+        calls.clear()
+        with torch.no_grad():
+            return qnn(*inputs), len(calls)
+
+    fast, count = output()
+    assert count == len(maps) > 1
+    with fused.plain_pytorch():
+        plain, count = output()
+    assert count == 0
+    assert distance(fast, plain) < 4e-3
+    with sparing():
+        assert output()[1] == 0
+    handle = maps[0].attention_quantizers()["w"].register_forward_pre_hook(lambda *_: None)
+    assert output()[1] == len(maps) - 1
+    handle.remove()
+    q = heads(1, 1, 4, 16).requires_grad_()
+    assert not fused.can_round_in_passing(q, q, q)
+    assert fused.can_round_in_passing(q.detach(), q.detach(), q.detach())
+    assert not fused.can_round_in_passing(*[q.detach().float()] * 3)
 
 
 @needs_kernels

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.sampling import guided
-from qdiff import inference
+from qdiff import fused, inference
 from qdiff.act_ranges import find_act_ranges
 from qdiff.config import QuantConfig
 from qdiff.inference import (
@@ -390,7 +390,10 @@ def test_every_way_of_running_agrees_on_a_gpu(precision: inference.Precision, co
 @pytest.mark.skipif(NO_TRITON, reason="torch.compile is not possible here")
 @pytest.mark.parametrize("precision", ["full", "fp16", "bf16"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_captured_network_reads_the_context_of_each_call(precision: inference.Precision, compile: bool) -> None:
+def test_a_captured_network_reads_the_context_of_each_call(
+    precision: inference.Precision, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_LARGE_MAP", 1)  # in half precision no map is in memory
     model = conditional_unet(QuantConfig(4, 8, True, split=True)).cuda()
     inputs = [part.cuda() for part in latent_inputs("transformer", 4)]
     other = [inputs[0], inputs[1], inputs[2].flip(0)]

@@ -35,21 +35,23 @@ class Launched:
         assert all(size > 0 for size in grid)
         return self.launch
 
-    def launch(self, *values: Any, num_warps: int = 4, **named: Any) -> None:
+    def launch(self, *values: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
         self.names.add(self.kernel.__name__)
 
 
 class Compiled(Launched):
     """Compiles it for what it is launched with."""
 
-    def launch(self, *values: Any, num_warps: int = 4, **named: Any) -> None:
+    def launch(self, *values: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
         names = self.kernel.arg_names
         given = dict(zip(names, values, strict=False)) | named
         assert given.keys() == set(names)
         constants = {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr}
         signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in names}
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
-        assert triton.compile(source, target=HOPPER, options={"num_warps": num_warps}).asm["cubin"]
+        assert triton.compile(source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages}).asm[
+            "cubin"
+        ]
         super().launch()
 
 
@@ -117,7 +119,14 @@ def iteration(dtype: torch.dtype) -> None:
     kernels.adam_step(*(of(5) for _ in range(4)), tables, counter, eps=1e-8, floor=1e-6)
 
 
-PARTS = [fake_quantization, elementwise, layer_norm, group_norm, iteration]
+def attention(dtype: torch.dtype) -> None:
+    half = torch.float16 if dtype == torch.float32 else dtype
+    for width in (40, 80, 128):
+        q, k, v = (of(2, tokens, 8, width, dtype=half).transpose(1, 2) for tokens in (4096, 77, 77))
+        kernels.rounded_attention(q, k, v, of(2), of(2), of(2), torch.empty_like(q), scale=0.1)
+
+
+PARTS = [fake_quantization, elementwise, layer_norm, group_norm, iteration, attention]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
