@@ -189,14 +189,15 @@ def update_running_ranges(qnn: QuantModel, inputs: tuple[Tensor, ...], config: C
         for path, quantizer in qnn.act_quantizers().items()
         if not isinstance(quantizer, TimedQuantizer) and (not config.rs_sm_only or path.endswith("act_quantizer_w"))
     ]
-    handles = [quantizer.register_forward_pre_hook(_update_range) for quantizer in chosen]
+    for quantizer in chosen:
+        quantizer.averages = True
     batches = [*zip(*(x.split(config.batch_size) for x in inputs), strict=True)]
     try:
         with qnn.quant_state(True, True):
             _run_all(qnn, batches, next(qnn.parameters()).device, graphs=config.engine != "eager")
     finally:
-        for handle in handles:
-            handle.remove()
+        for quantizer in chosen:
+            quantizer.averages = False
     for quantizer in chosen:
         quantizer.settle()
 
@@ -225,7 +226,3 @@ def _run_all(qnn: QuantModel, batches: list[tuple[Tensor, ...]], device: torch.d
             graph.replay()
         else:
             qnn(*batch)
-
-
-def _update_range(quantizer: UniformAffineQuantizer, args: tuple[Tensor, ...]) -> None:
-    quantizer.update_range(args[0])

@@ -155,26 +155,49 @@ class _ToFull(torch.autograd.Function):
 def _spares(quantizer: nn.Module | None) -> bool:
     if torch.compiler.is_compiling() or not _sparing.get():
         return False
-    return quantizer is None or (getattr(quantizer, "ready", True) and not quantizer._forward_pre_hooks)
+    if quantizer is None:
+        return True
+    whole = getattr(quantizer, "averages", False) or not getattr(quantizer, "ready", True)
+    return not (whole or quantizer._forward_pre_hooks)
 
 
 def rounded_in_passing(q: Tensor, k: Tensor, v: Tensor, quantizer: Any, *, scale: float) -> Tensor | None:
-    """Attention with a rounded map that is never in memory, where a kernel serves to sample; None elsewhere.
+    """Attention with a rounded map that is never in memory, where a kernel serves; None elsewhere.
 
-    A calibration computes the map as its gradients need it: what units learn from then are the same bits.
+    It serves to sample in half precision, and to average ranges in TF32. Else a calibration computes the map as its
+    gradients need it: what units learn from then are the same bits.
 
     Args:
         q, k, v: see :func:`attention`.
         quantizer: of the map. Where something looks at what comes to it, or it sets itself, there has to be a map.
     """
+    inner = getattr(quantizer, "module", quantizer)  # in lower precision there is one around it
+    if quantizer._forward_pre_hooks or inner._forward_pre_hooks or inner._forward_hooks or not inner.ready:
+        return None
+    if inner.averages:
+        follows = inner.config.always_zero and _in_half.get()
+        return _averaging(q, k, v, inner, scale) if follows else None
     if not torch.compiler.is_compiling() and _sparing.get():
         return None
     if not fused.can_round_in_passing(q, k, v):
         return None
-    inner = getattr(quantizer, "module", quantizer)  # in lower precision there is one around it
-    if quantizer._forward_pre_hooks or inner._forward_pre_hooks or inner._forward_hooks or not inner.ready:
-        return None
     return fused.rounded_attention(q, k, v, *inner.grids_of(len(q)), scale=scale)
+
+
+def _averaging(q: Tensor, k: Tensor, v: Tensor, quantizer: Any, scale: float) -> Tensor | None:
+    """Attention in float32, whose map moves the range of its quantizer before it is rounded."""
+    if not fused.can_round_in_passing(q, k, v, dtypes=(torch.float32,)):
+        return None
+    shift = ((fused.exponent(k) - fused.exponent(q)) / 2).round()
+    size = fused.exponent(v)
+    q, k, v = (fused.times_power(x, e, torch.float16) for x, e in ((q, shift), (k, -shift), (v, -size)))
+
+    def grids(highest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        quantizer.follow_range(torch.zeros_like(highest), highest)
+        return quantizer.grids_of(len(q))
+
+    out = fused.attention_setting_its_grid(q, k, v, grids, scale=scale)
+    return fused.times_power(out, size, torch.float32)
 
 
 def by_heads(

@@ -14,7 +14,7 @@ import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the C
 _WIDEST_ROW = 4096  # that one program holds while it normalises it
 _LARGE_MAP = 2**24  # values; smaller ones stay in the GPU's cache
 _WIDEST_HEAD = 128
+HALVES = (torch.float16, torch.bfloat16)
 _state = {"on": True}
 
 
@@ -245,15 +246,20 @@ def _rounded_attention(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tenso
     """An operation of its own, which torch.compile takes as it is."""
     from qdiff import triton_kernels
 
-    out = _empty_attended(q, k, v, delta, lo, hi, scale)
+    out = _room_for_attended(q, q.dtype)
     triton_kernels.rounded_attention(q, k, v, delta, lo, hi, out, scale=scale)
     return out
 
 
 @_rounded_attention.register_fake
-def _empty_attended(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+def _like_attended(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    return _room_for_attended(q, q.dtype)
+
+
+def _room_for_attended(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """N x A x P x K, laid out as the layer behind it wants to have it."""
     images, heads, positions, width = q.shape
-    return q.new_empty(images, positions, heads, width).transpose(1, 2)  # as the layer behind it wants to have them
+    return torch.empty(images, positions, heads, width, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 def rounded_attention(
@@ -273,9 +279,30 @@ def rounded_attention(
     return _rounded_attention(q, k, v, delta, lo, hi, scale)
 
 
-def can_round_in_passing(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether :func:`rounded_attention` serves this call: in half precision, where the map is large."""
-    if not (_state["on"] and available(q.device)) or q.dtype not in (torch.float16, torch.bfloat16):
+def attention_setting_its_grid(
+    q: Tensor, k: Tensor, v: Tensor, grids: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], *, scale: float
+) -> Tensor:
+    """:func:`rounded_attention` in float32, with a grid that depends on the map's largest value.
+
+    Args:
+        grids: gives step size, lowest and highest whole number for that value, 0-dim.
+    """
+    from qdiff import triton_kernels
+
+    rows = triton_kernels.map_rows(q, k, scale=scale)
+    delta, lo, hi = grids(1 / rows[1].min())
+    out = _room_for_attended(q, torch.float32)
+    triton_kernels.rounded_attention(q, k, v, delta, lo, hi, out, scale=scale, rows=rows)
+    return out
+
+
+def can_round_in_passing(q: Tensor, k: Tensor, v: Tensor, *, dtypes: Sequence[torch.dtype] = HALVES) -> bool:
+    """Whether :func:`rounded_attention` serves this call: where the map is large.
+
+    Args:
+        dtypes: of tensors that are served.
+    """
+    if not (_state["on"] and available(q.device)) or q.dtype not in dtypes:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False

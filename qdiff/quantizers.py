@@ -28,10 +28,14 @@ class UniformAffineQuantizer(nn.Module):
         n_bits, symmetric, channel_wise, scale_method, leaf_param, always_zero: see
             :class:`qdiff.config.QuantizerConfig`.
         grid_shape: shape of the step size where it is known in advance: that of a weight with all but the first axis 1.
+
+    Attributes:
+        averages: each tensor that passes moves the range first, see :meth:`update_range`.
     """
 
     delta: Tensor
     zero_point: Tensor
+    averages = False
 
     def __init__(
         self,
@@ -66,6 +70,8 @@ class UniformAffineQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.averages:
+            self.update_range(x)
         if not self.ready:
             self.find_grid(x)
         return primitives.fake_quantize(x, self.delta, *self._shifted)
@@ -96,7 +102,12 @@ class UniformAffineQuantizer(nn.Module):
         Minimum and maximum are averaged separately, then turned into a min-max grid. Nothing is read back from a GPU
         meanwhile; :meth:`settle` when all was seen.
         """
-        seen = primitives.observed_range(x, self.config.channel_wise)
+        self.follow_range(*primitives.observed_range(x, self.config.channel_wise))
+
+    @torch.no_grad()
+    def follow_range(self, lowest: Tensor, highest: Tensor) -> None:
+        """:meth:`update_range` to that of a tensor that was never whole."""
+        seen = lowest, highest
         if self._range is None:
             self._range = (seen[0].clone(), seen[1].clone())
         else:

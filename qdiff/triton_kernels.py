@@ -207,44 +207,63 @@ def _scores(queries, k, start, tokens, scale, K_P: tl.constexpr, K_C: tl.constex
 
 @triton.jit
 def _rounded_attention_kernel(
-    q, k, v, delta, lo, hi, out, heads, positions, tokens, q_n, k_n, v_n, out_n, per_image, scale,
+    q, k, v, delta, lo, hi, out, tops, totals, heads, positions, tokens, q_n, k_n, v_n, out_n, per_image, scale,
     Q_A: tl.constexpr, Q_P: tl.constexpr, Q_C: tl.constexpr, K_A: tl.constexpr, K_P: tl.constexpr, K_C: tl.constexpr,
     V_A: tl.constexpr, V_P: tl.constexpr, V_C: tl.constexpr, OUT_A: tl.constexpr, OUT_P: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    KNOWN: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
-    there = (rows[:, None] < positions) & (channels[None, :] < WIDTH)
+    in_rows = rows < positions
+    there = in_rows[:, None] & (channels[None, :] < WIDTH)
+    tops += tl.program_id(1) * positions
+    totals += tl.program_id(1) * positions
     q += image * q_n + head * Q_A
     k += image * k_n + head * K_A
-    v += image * v_n + head * V_A
     queries = tl.load(q + rows[:, None] * Q_P + channels[None, :] * Q_C, mask=there, other=0.0)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, tokens, TOKENS):
-        scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
-        highest = higher
-    # Only now are the values of the map known: once more.
-    step = tl.load(delta + image * per_image)
-    low, high = tl.load(lo + image * per_image), tl.load(hi + image * per_image)
-    share = 1.0 / (total * step)
-    summed = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(0, tokens, TOKENS):
-        scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
-        number = _rounded(tl.exp2(scores - highest[:, None]) * share[:, None])
-        columns = start + tl.arange(0, TOKENS)
-        number = tl.where(columns[None, :] < tokens, tl.minimum(tl.maximum(number, low), high), 0.0)
-        in_v = (columns[:, None] < tokens) & (channels[None, :] < WIDTH)
-        values = tl.load(v + columns[:, None] * V_P + channels[None, :] * V_C, mask=in_v, other=0.0)
-        summed = tl.dot((number * step).to(values.dtype), values, summed)
-    out += image * out_n + head * OUT_A
-    tl.store(out + rows[:, None] * OUT_P + channels[None, :], summed.to(queries.dtype), mask=there)
+    if KNOWN:
+        top, total = tl.load(tops + rows, mask=in_rows, other=0.0), tl.load(totals + rows, mask=in_rows, other=1.0)
+    else:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, tokens, TOKENS):
+            scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+            top = higher
+    if SUM:  # only now are the values of the map known: once more
+        v += image * v_n + head * V_A
+        step = tl.load(delta + image * per_image)
+        low, high = tl.load(lo + image * per_image), tl.load(hi + image * per_image)
+        share = 1.0 / (total * step)
+        summed = tl.zeros([ROWS, PADDED], tl.float32)
+        for start in range(0, tokens, TOKENS):
+            scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
+            number = _rounded(tl.exp2(scores - top[:, None]) * share[:, None])
+            columns = start + tl.arange(0, TOKENS)
+            number = tl.where(columns[None, :] < tokens, tl.minimum(tl.maximum(number, low), high), 0.0)
+            in_v = (columns[:, None] < tokens) & (channels[None, :] < WIDTH)
+            values = tl.load(v + columns[:, None] * V_P + channels[None, :] * V_C, mask=in_v, other=0.0)
+            summed = tl.dot((number * step).to(values.dtype), values, summed)
+        out += image * out_n + head * OUT_A
+        tl.store(out + rows[:, None] * OUT_P + channels[None, :], summed.to(out.dtype.element_ty), mask=there)
+    else:
+        tl.store(tops + rows, top, mask=in_rows)
+        tl.store(totals + rows, total, mask=in_rows)
 
 
 def rounded_attention(
-    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, out: Tensor, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Attention whose softmax map is rounded, block by block: it is never in memory.
 
@@ -254,16 +273,42 @@ def rounded_attention(
     Args:
         q: N x A x P x K in half precision, of N images and A heads; k, v: N x A x L x K; in any layout.
         delta, lo, hi: of the grid, one value or one for each image.
-        out: like ``q``, channels next to each other.
+        out: like ``q`` in any precision, channels next to each other.
+        rows: what :func:`map_rows` found.
     """
+    _attend(q, k, v, (delta, lo, hi), out, rows or (q, q), scale=scale, known=rows is not None, sum=True)
+
+
+def map_rows(q: Tensor, k: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Of each row of a softmax map the largest score, as a power of two, and what the row was divided by: N x A x P.
+
+    Its largest value is 1 over the latter.
+    """
+    top, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    _attend(q, k, k, (top, top, top), q, (top, total), scale=scale, known=False, sum=False)
+    return top, total
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grids: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    rows: tuple[Tensor, Tensor],
+    *,
+    scale: float,
+    known: bool,
+    sum: bool,
+) -> None:
     images, heads, positions, width = q.shape
     padded = max(16, triton.next_power_of_2(width))
-    rows, tokens = (128, 64) if padded <= 64 else (64, 64)
-    _rounded_attention_kernel[(triton.cdiv(positions, rows), images * heads)](
-        q, k, v, delta, lo, hi, out, heads, positions, k.shape[2], *(x.stride(0) for x in (q, k, v, out)),
-        int(delta.numel() > 1), scale * math.log2(math.e),
+    block, tokens = (128, 64) if padded <= 64 else (64, 64)
+    _rounded_attention_kernel[(triton.cdiv(positions, block), images * heads)](
+        q, k, v, *grids, out, *rows, heads, positions, k.shape[2], *(x.stride(0) for x in (q, k, v, out)),
+        int(grids[0].numel() > 1), scale * math.log2(math.e),
         *q.stride()[1:], *k.stride()[1:], *v.stride()[1:], *out.stride()[1:3],
-        WIDTH=width, PADDED=padded, ROWS=rows, TOKENS=tokens, num_warps=4, num_stages=3,
+        WIDTH=width, PADDED=padded, ROWS=block, TOKENS=tokens, KNOWN=known, SUM=sum, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

@@ -124,6 +124,8 @@ def attention(dtype: torch.dtype) -> None:
     for width in (40, 80, 128):
         q, k, v = (of(2, tokens, 8, width, dtype=half).transpose(1, 2) for tokens in (4096, 77, 77))
         kernels.rounded_attention(q, k, v, of(2), of(2), of(2), torch.empty_like(q), scale=0.1)
+        rows = kernels.map_rows(q, k, scale=0.1)
+        kernels.rounded_attention(q, k, v, of(), of(), of(), torch.empty_like(q).float(), scale=0.1, rows=rows)
 
 
 PARTS = [fake_quantization, elementwise, layer_norm, group_norm, iteration, attention]
