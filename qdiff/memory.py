@@ -59,14 +59,16 @@ class BudgetError(ValueError):
 
 
 class PlacesPool:
-    """Pinned memory and files, which one phase of a calibration leaves to the next.
+    """Pinned memory and files, which one phase of a calibration leaves to the next, and how fast files are.
 
-    Pinning takes seconds for every ten gigabytes, and so does giving a file back.
+    Pinning takes seconds for every ten gigabytes, and so does giving a file back; to time a disk that is writing what
+    the phase before left takes as long.
     """
 
     def __init__(self) -> None:
         self._arena: Arena | None = None
         self._scratch: Scratch | None = None
+        self._rates: dict[Path | None, FileRates] = {}
 
     @property
     def pinned_bytes(self) -> int:
@@ -105,9 +107,16 @@ class PlacesPool:
             log.debug("%s: no room for %.1f GiB at once", error, size / GIB)
         return self._scratch
 
+    def rates(self, folder: Path | None) -> FileRates:
+        """How fast files are in a folder, as it was when this was asked first."""
+        if folder not in self._rates:
+            self._rates[folder] = file_rates(folder)
+        return self._rates[folder]
+
     def close(self) -> None:
         """Give both back, as soon as nothing lies there any more."""
         self._arena = self._scratch = None
+        self._rates.clear()
 
 
 @dataclass(frozen=True)
@@ -443,7 +452,7 @@ class MemoryPlan:
             )
         each = stage_seconds(self.chunk)
         # Where there is no room for the probe, no file to speak of has room either.
-        rates = file_rates(folder) if free >= _PROBE_BYTES else FileRates(_UNKNOWN_RATE, _UNKNOWN_RATE)
+        rates = self.budget.pool.rates(folder) if free >= _PROBE_BYTES else FileRates(_UNKNOWN_RATE, _UNKNOWN_RATE)
         on_disk = dataclasses.replace(
             self,
             pass_seconds=sum(each) * math.ceil(self.rows / self.chunk),

@@ -851,6 +851,11 @@ def test_a_full_disk_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(memory, "free_file_bytes", lambda folder, room=room: room)
         assert plan(budget).chunk
     assert asked == [tmp_path]
+    assert plan(budget).chunk  # the next phase's, and it is not timed again
+    assert asked == [tmp_path]
+    budget.pool.close()
+    assert plan(budget).chunk
+    assert asked == [tmp_path] * 2
 
 
 def test_a_disks_rate_is_measured(tmp_path: Path) -> None:
