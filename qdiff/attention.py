@@ -172,7 +172,8 @@ def rounded_in_passing(q: Tensor, k: Tensor, v: Tensor, quantizer: Any, *, scale
         quantizer: of the map. Where something looks at what comes to it, or it sets itself, there has to be a map.
     """
     inner = getattr(quantizer, "module", quantizer)  # in lower precision there is one around it
-    if quantizer._forward_pre_hooks or inner._forward_pre_hooks or inner._forward_hooks or not inner.ready:
+    watched = quantizer._forward_pre_hooks or quantizer._forward_hooks
+    if watched or inner._forward_pre_hooks or inner._forward_hooks or not inner.ready:
         return None
     if inner.averages:
         follows = inner.config.always_zero and _in_half.get()
