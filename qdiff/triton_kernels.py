@@ -12,6 +12,9 @@ from torch import Tensor
 _ELEMENTS = 1024  # of a flat tensor that one program works on
 _FAR_ELEMENTS, _FAR_PROGRAMS = 8192, 16  # the same where rows come over the bus: in flight are 16 x 16 KiB in float16
 _ROWS_ELEMENTS = 4096  # of whole rows that one program normalises
+# Of attention that rounds its map, up to so many channels of a head: positions and tokens that one program works on at
+# once, its warps, and how many blocks of tokens are on their way.
+_ATTENTION = {64: (128, 64, 4, 3), 128: (64, 64, 4, 3)}
 _NORM_WHOLE = 1024  # of one group's values that are normalised by one program
 _NORM_ROWS, _NORM_WIDTH = 128, 32  # positions and channels that one program works on otherwise
 
@@ -196,22 +199,22 @@ def gated_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _scores(queries, k, start, tokens, scale, K_P: tl.constexpr, K_C: tl.constexpr, WIDTH: tl.constexpr,
-            PADDED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def _scores(queries, k, start, scale, K_P: tl.constexpr, K_C: tl.constexpr, WIDTH: tl.constexpr,
+            PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Of one block of queries with one of keys, as powers of two; -inf behind the last token."""
-    columns, channels = start + tl.arange(0, TOKENS), tl.arange(0, PADDED)
-    there = (columns[None, :] < tokens) & (channels[:, None] < WIDTH)
+    columns, channels = start + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    there = (columns[None, :] < TOKENS) & (channels[:, None] < WIDTH)
     keys = tl.load(k + columns[None, :] * K_P + channels[:, None] * K_C, mask=there, other=0.0)
-    return tl.where(columns[None, :] < tokens, tl.dot(queries, keys) * scale, float("-inf"))
+    return tl.where(columns[None, :] < TOKENS, tl.dot(queries, keys) * scale, float("-inf"))
 
 
 @triton.jit
 def _rounded_attention_kernel(
-    q, k, v, delta, lo, hi, out, tops, totals, heads, positions, tokens, q_n, k_n, v_n, out_n, per_image, scale,
+    q, k, v, delta, lo, hi, out, tops, totals, heads, positions, q_n, k_n, v_n, out_n, per_image, scale,
     Q_A: tl.constexpr, Q_P: tl.constexpr, Q_C: tl.constexpr, K_A: tl.constexpr, K_P: tl.constexpr, K_C: tl.constexpr,
     V_A: tl.constexpr, V_P: tl.constexpr, V_C: tl.constexpr, OUT_A: tl.constexpr, OUT_P: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    KNOWN: tl.constexpr, SUM: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, KNOWN: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
@@ -227,8 +230,8 @@ def _rounded_attention_kernel(
     else:
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, tokens, TOKENS):
-            scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
+        for start in range(0, TOKENS, BLOCK):
+            scores = _scores(queries, k, start, scale, K_P, K_C, WIDTH, PADDED, TOKENS, BLOCK)
             higher = tl.maximum(top, tl.max(scores, 1))
             total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
             top = higher
@@ -238,12 +241,12 @@ def _rounded_attention_kernel(
         low, high = tl.load(lo + image * per_image), tl.load(hi + image * per_image)
         share = 1.0 / (total * step)
         summed = tl.zeros([ROWS, PADDED], tl.float32)
-        for start in range(0, tokens, TOKENS):
-            scores = _scores(queries, k, start, tokens, scale, K_P, K_C, WIDTH, PADDED, TOKENS)
+        for start in range(0, TOKENS, BLOCK):
+            scores = _scores(queries, k, start, scale, K_P, K_C, WIDTH, PADDED, TOKENS, BLOCK)
             number = _rounded(tl.exp2(scores - top[:, None]) * share[:, None])
-            columns = start + tl.arange(0, TOKENS)
-            number = tl.where(columns[None, :] < tokens, tl.minimum(tl.maximum(number, low), high), 0.0)
-            in_v = (columns[:, None] < tokens) & (channels[None, :] < WIDTH)
+            columns = start + tl.arange(0, BLOCK)
+            number = tl.where(columns[None, :] < TOKENS, tl.minimum(tl.maximum(number, low), high), 0.0)
+            in_v = (columns[:, None] < TOKENS) & (channels[None, :] < WIDTH)
             values = tl.load(v + columns[:, None] * V_P + channels[None, :] * V_C, mask=in_v, other=0.0)
             summed = tl.dot((number * step).to(values.dtype), values, summed)
         out += image * out_n + head * OUT_A
@@ -267,8 +270,8 @@ def rounded_attention(
 ) -> None:
     """Attention whose softmax map is rounded, block by block: it is never in memory.
 
-    Scores are computed twice, as a value of the map is known when its whole row was seen. Strides are constants, so
-    that the compiler knows how much can be read at once.
+    Scores are computed twice, as a value of the map is known when its whole row was seen. Lengths and strides are
+    constants, so that the compiler knows how much can be read at once.
 
     Args:
         q: N x A x P x K in half precision, of N images and A heads; k, v: N x A x L x K; in any layout.
@@ -303,12 +306,13 @@ def _attend(
 ) -> None:
     images, heads, positions, width = q.shape
     padded = max(16, triton.next_power_of_2(width))
-    block, tokens = (128, 64) if padded <= 64 else (64, 64)
+    block, tokens, warps, stages = _ATTENTION[max(64, padded)]
     _rounded_attention_kernel[(triton.cdiv(positions, block), images * heads)](
-        q, k, v, *grids, out, *rows, heads, positions, k.shape[2], *(x.stride(0) for x in (q, k, v, out)),
+        q, k, v, *grids, out, *rows, heads, positions, *(x.stride(0) for x in (q, k, v, out)),
         int(grids[0].numel() > 1), scale * math.log2(math.e),
         *q.stride()[1:], *k.stride()[1:], *v.stride()[1:], *out.stride()[1:3],
-        WIDTH=width, PADDED=padded, ROWS=block, TOKENS=tokens, KNOWN=known, SUM=sum, num_warps=4, num_stages=3,
+        WIDTH=width, PADDED=padded, TOKENS=k.shape[2], ROWS=block, BLOCK=tokens, KNOWN=known, SUM=sum,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
