@@ -216,12 +216,14 @@ def _rounded_attention_kernel(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, KNOWN: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    blocks = tl.cdiv(positions, ROWS)  # those of one head run next to one another, and share its keys and values
+    which = tl.program_id(0) // blocks
+    image, head = which // heads, which % heads
+    rows, channels = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     in_rows = rows < positions
     there = in_rows[:, None] & (channels[None, :] < WIDTH)
-    tops += tl.program_id(1) * positions
-    totals += tl.program_id(1) * positions
+    tops += which * positions
+    totals += which * positions
     q += image * q_n + head * Q_A
     k += image * k_n + head * K_A
     queries = tl.load(q + rows[:, None] * Q_P + channels[None, :] * Q_C, mask=there, other=0.0)
@@ -307,7 +309,7 @@ def _attend(
     images, heads, positions, width = q.shape
     padded = max(16, triton.next_power_of_2(width))
     block, tokens, warps, stages = _ATTENTION[max(64, padded)]
-    _rounded_attention_kernel[(triton.cdiv(positions, block), images * heads)](
+    _rounded_attention_kernel[(triton.cdiv(positions, block) * images * heads,)](
         q, k, v, *grids, out, *rows, heads, positions, *(x.stride(0) for x in (q, k, v, out)),
         int(grids[0].numel() > 1), scale * math.log2(math.e),
         *q.stride()[1:], *k.stride()[1:], *v.stride()[1:], *out.stride()[1:3],
