@@ -360,17 +360,20 @@ def test_ranges_of_maps_are_averaged_in_passing(kind: str, monkeypatch: pytest.M
     with fused.plain_pytorch():
         qnn.to(DEVICE).find_weight_grids()
         find_act_ranges(qnn, tuple(x[:1] for x in inputs))
-    other, config = copy.deepcopy(qnn), CalibrationConfig(batch_size=2)
+    by_graph = DEVICE.type == "cuda"
+    monkeypatch.setattr("qdiff.act_ranges._WORTH_RECORDING", 1)
+    other, config = copy.deepcopy(qnn), CalibrationConfig(batch_size=1 if by_graph else 2)
     with half_precision(True), sparing():
         update_running_ranges(qnn, inputs, config)
     maps = {path for path in qnn.act_quantizers() if path.endswith("_w")}
-    assert len(calls) == 2 * len(maps)  # batches
+    expected = (3 if by_graph else 2) * len(maps)  # two batches and, of four, one more that is recorded
+    assert len(calls) == expected
     with fused.plain_pytorch():
         update_running_ranges(other, inputs, config)
-    assert len(calls) == 2 * len(maps)
+    assert len(calls) == expected
     for (path, quantizer), plain in zip(qnn.act_quantizers().items(), other.act_quantizers().values(), strict=True):
         assert not quantizer.averages
-        torch.testing.assert_close(quantizer.delta, plain.delta, rtol=2e-3, atol=0, msg=path)
+        torch.testing.assert_close(quantizer.delta, plain.delta, rtol=5e-3, atol=0, msg=path)
 
 
 @needs_kernels
