@@ -35,7 +35,7 @@ class UniformAffineQuantizer(nn.Module):
 
     delta: Tensor
     zero_point: Tensor
-    averages = False
+    averages: bool = False
 
     def __init__(
         self,

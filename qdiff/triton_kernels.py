@@ -195,7 +195,7 @@ def gated_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
-# Layer normalisation: one program normalises a few rows, each whole.
+# Attention that rounds its softmax map: one program takes some positions of one head through all tokens, twice.
 
 
 @triton.jit
@@ -316,6 +316,9 @@ def _attend(
         WIDTH=width, PADDED=padded, TOKENS=k.shape[2], ROWS=block, BLOCK=tokens, KNOWN=known, SUM=sum,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+# Layer normalisation: one program normalises a few rows, each whole.
 
 
 @triton.jit
