@@ -80,7 +80,7 @@ from qdiff.evaluation.timing import (
 )
 from qdiff.evaluation.variants import from_packed, full_precision, markdown_table
 from qdiff.inference import InferenceConfig, prepare, tf32, why_not_compiled
-from qdiff.memory import MemoryBudget
+from qdiff.memory import MemoryBudget, host_peak_bytes
 from qdiff.primitives import reconstruction_loss, search_grid
 from qdiff.quant_model import QuantModel, Unit, evaluating
 from qdiff.reconstruction import (
@@ -94,6 +94,7 @@ from qdiff.reconstruction import (
 
 PROGRAM = "benchmark.py"
 CALIBRATION = importlib.import_module("qdiff.calibrate")  # the module; the package has a function of that name
+RECONSTRUCTION = importlib.import_module("qdiff.reconstruction")
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = ROOT / "configs" / "cifar10.yml"
 FASHION = ROOT / "configs" / "fashion_mnist.yml"
@@ -385,8 +386,8 @@ class Breakdown:
         reports: of the units, those that were skipped included.
         waits: for each of them, how much of ``capture`` came between the one before and it.
         skipped: paths of units that were only passed through.
-        peak_gpu_bytes: most that tensors took at a time since the last unit, from whose reports the peaks before are
-            known; reserved_gpu_bytes: most that the allocator held for them.
+        peak_gpu_bytes: most that tensors took at a time while no unit learned, as units' reports know their own peaks;
+            peak_host_bytes: the same of the process; reserved_gpu_bytes: most that the allocator held for tensors.
         kernels: where profiled, what one iteration consisted of, for each unit and phase; see :func:`kernels_of`.
     """
 
@@ -400,6 +401,7 @@ class Breakdown:
     waits: list[float] = field(default_factory=list)
     skipped: frozenset[str] = frozenset()
     peak_gpu_bytes: int = 0
+    peak_host_bytes: int = 0
     reserved_gpu_bytes: int = 0
     plans: list[str] = field(default_factory=list)
     kernels: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
@@ -471,10 +473,19 @@ def benchmark_calibration(args: Any) -> Result:
         notes.append(extrapolation_note(parts, args))
     notes.append(f"Of this, compiling with torch.compile: {facts['compiling']:.1f} s.")
     notes += parts.plans
-    gpu, held, host = (facts[name] / 2**30 for name in ("peak_gpu_bytes", "reserved_gpu_bytes", "peak_host_bytes"))
+    gpu, held, host, on_gpu, on_host = (
+        facts[name] / 2**30
+        for name in (
+            "peak_gpu_bytes",
+            "reserved_gpu_bytes",
+            "peak_host_bytes",
+            "learning_gpu_bytes",
+            "learning_host_bytes",
+        )
+    )
     notes.append(
         f"At most {gpu:.2f} GiB of GPU memory in tensors, {held:.2f} GiB held for them; {host:.2f} GiB of host memory, "
-        "libraries included."
+        f"libraries included. While units learned, {on_gpu:.2f} GiB in tensors and {on_host:.2f} GiB of the host."
     )
     if args.profile:
         notes.append(profile_table(parts))
@@ -491,15 +502,19 @@ def calibration_facts(parts: Breakdown, args: Any) -> dict[str, Any]:
     """Everything that is known of a calibration, as plain values; in the middle of it, of its units so far."""
     whole = parts.extrapolated({"weights": args.full_iters, "activations": args.full_iters_a})
     units = zip(parts.reports, parts.waits, strict=True)
+    learning_gpu = max((r.peak_gpu_bytes for r in parts.reports), default=0)
+    learning_host = max((r.peak_host_bytes for r in parts.reports), default=0)
     return {
         **{name: getattr(whole, name) for name in whole.PARTS},
         "whole": whole.total,
         "extrapolated": bool(args.units or args.only_units or args.full_iters or args.full_iters_a),
         "measured_s": parts.total,
         "compiling": compile_seconds(),
-        "peak_gpu_bytes": max([parts.peak_gpu_bytes, *(r.peak_gpu_bytes for r in parts.reports)]),
+        "peak_gpu_bytes": max(parts.peak_gpu_bytes, learning_gpu),
+        "learning_gpu_bytes": learning_gpu,
         "reserved_gpu_bytes": parts.reserved_gpu_bytes,
-        "peak_host_bytes": max((r.peak_host_bytes for r in parts.reports), default=0),
+        "peak_host_bytes": max(parts.peak_host_bytes, learning_host),
+        "learning_host_bytes": learning_host,
         "units": [report_facts(r) | {"capture_seconds": wait} for r, wait in units],
         "plans": parts.plans,
     }
@@ -574,7 +589,8 @@ def run_calibration(
             on_unit(parts)
 
         as_many = standing_for_many() if long_ones else contextlib.nullcontext()
-        with clock.timing_ranges(qnn), only(chosen, parts.kernels if profile else None), heard(parts.plans), as_many:
+        skipping = only(chosen, parts.kernels if profile else None)
+        with clock.timing_ranges(qnn), clock.noting_peaks(), skipping, heard(parts.plans), as_many:
             weights_done = only_phase == "activations"
             if weights_done:
                 qnn.find_weight_grids()
@@ -583,8 +599,7 @@ def run_calibration(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.safetensors"
         parts.saving = seconds(lambda: save_packed(path, qnn), device)
-    if device.type == "cuda":
-        parts.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+    clock.note_peaks()
     return parts
 
 
@@ -618,15 +633,38 @@ class _Clock:
     def unit_done(self, progress: UnitProgress) -> None:
         report = progress.report
         self.parts.reports.append(report)
-        if self.device.type == "cuda":
-            held = torch.cuda.max_memory_reserved(self.device)
-            self.parts.reserved_gpu_bytes = max(self.parts.reserved_gpu_bytes, held)
+        self._note_what_is_held()
         setattr(self.parts, report.phase, getattr(self.parts, report.phase) + report.seconds)
         self.parts.waits.append(self._rest(report.seconds))
 
     def finish(self) -> None:
         wait_for(self.device)
         self._rest(0.0)
+
+    @contextmanager
+    def noting_peaks(self) -> Iterator[None]:
+        """What was most in memory between units too, where a unit's report begins to count anew."""
+        start = RECONSTRUCTION._start
+
+        def noted(unit: Unit) -> float:
+            self.note_peaks()
+            return start(unit)
+
+        with mock.patch.object(RECONSTRUCTION, "_start", noted):
+            yield
+
+    def note_peaks(self) -> None:
+        """What was most in memory since the last unit began or ended."""
+        parts = self.parts
+        parts.peak_host_bytes = max(parts.peak_host_bytes, host_peak_bytes())
+        if self.device.type == "cuda":
+            parts.peak_gpu_bytes = max(parts.peak_gpu_bytes, torch.cuda.max_memory_allocated(self.device))
+        self._note_what_is_held()
+
+    def _note_what_is_held(self) -> None:
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_reserved(self.device)
+            self.parts.reserved_gpu_bytes = max(self.parts.reserved_gpu_bytes, held)
 
     def _rest(self, known: float) -> float:
         now = time.perf_counter()

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from qdiff.config import CalibrationConfig
 from qdiff.evaluation.record import commit, environment
 from qdiff.evaluation.timing import in_turn, linear_fit, median_seconds, ratio, seconds_of_process
+from qdiff.quant_model import Unit
 
 from .conftest import load_script
 
@@ -34,6 +36,21 @@ def run(miniature, tmp_path, capsys):
         return json.loads(path.read_text()), capsys.readouterr().out
 
     return run
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+def test_memory_between_units_counts(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the process, where half a gigabyte is in use while data are captured and not while a unit learns."""
+    capture = benchmark.CALIBRATION.PairedCapture.inputs
+
+    def large(self: Any, unit: Unit) -> Any:
+        torch.ones(2**27)
+        return capture(self, unit)
+
+    monkeypatch.setattr(benchmark.CALIBRATION.PairedCapture, "inputs", large)
+    figures, said = run("calibration", *QUICK)
+    assert figures["peak_host_bytes"] - figures["learning_host_bytes"] > 2**28
+    assert f"{figures['peak_host_bytes'] / 2**30:.2f} GiB of host memory" in said
 
 
 def test_calibration_is_divided_into_its_parts(run) -> None:
