@@ -199,13 +199,15 @@ def gated_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _scores(queries, k, start, scale, K_P: tl.constexpr, K_C: tl.constexpr, WIDTH: tl.constexpr,
-            PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Of one block of queries with one of keys, as powers of two; -inf behind the last token."""
+def _scores(queries, k, start, K_P: tl.constexpr, K_C: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+            TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of one block of queries with one of keys; -inf behind the last token."""
     columns, channels = start + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     there = (columns[None, :] < TOKENS) & (channels[:, None] < WIDTH)
-    keys = tl.load(k + columns[None, :] * K_P + channels[:, None] * K_C, mask=there, other=0.0)
-    return tl.where(columns[None, :] < TOKENS, tl.dot(queries, keys) * scale, float("-inf"))
+    scores = tl.dot(queries, tl.load(k + columns[None, :] * K_P + channels[:, None] * K_C, mask=there, other=0.0))
+    if TOKENS % BLOCK:
+        scores = tl.where(columns[None, :] < TOKENS, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -233,21 +235,24 @@ def _rounded_attention_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for start in range(0, TOKENS, BLOCK):
-            scores = _scores(queries, k, start, scale, K_P, K_C, WIDTH, PADDED, TOKENS, BLOCK)
+            scores = _scores(queries, k, start, K_P, K_C, WIDTH, PADDED, TOKENS, BLOCK)
             higher = tl.maximum(top, tl.max(scores, 1))
-            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+            shares = tl.exp2(scores * scale - (higher * scale)[:, None])
+            total = total * tl.exp2((top - higher) * scale) + tl.sum(shares, 1)
             top = higher
     if SUM:  # only now are the values of the map known: once more
         v += image * v_n + head * V_A
         step = tl.load(delta + image * per_image)
         low, high = tl.load(lo + image * per_image), tl.load(hi + image * per_image)
-        share = 1.0 / (total * step)
+        shift = -tl.log2(total * step) - top * scale  # what each row is divided by, as a power of two
         summed = tl.zeros([ROWS, PADDED], tl.float32)
         for start in range(0, TOKENS, BLOCK):
-            scores = _scores(queries, k, start, scale, K_P, K_C, WIDTH, PADDED, TOKENS, BLOCK)
-            number = _rounded(tl.exp2(scores - top[:, None]) * share[:, None])
+            scores = _scores(queries, k, start, K_P, K_C, WIDTH, PADDED, TOKENS, BLOCK)
+            number = _rounded(tl.exp2(scores * scale + shift[:, None]))
+            number = tl.minimum(tl.maximum(number, low), high)
             columns = start + tl.arange(0, BLOCK)
-            number = tl.where(columns[None, :] < TOKENS, tl.minimum(tl.maximum(number, low), high), 0.0)
+            if TOKENS % BLOCK:
+                number = tl.where(columns[None, :] < TOKENS, number, 0.0)
             in_v = (columns[:, None] < TOKENS) & (channels[None, :] < WIDTH)
             values = tl.load(v + columns[:, None] * V_P + channels[None, :] * V_C, mask=in_v, other=0.0)
             summed = tl.dot((number * step).to(values.dtype), values, summed)
@@ -285,7 +290,7 @@ def rounded_attention(
 
 
 def map_rows(q: Tensor, k: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Of each row of a softmax map the largest score, as a power of two, and what the row was divided by: N x A x P.
+    """Of each row of a softmax map the largest score, and what the row is divided by when that one is 1: N x A x P.
 
     Its largest value is 1 over the latter.
     """
