@@ -105,11 +105,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     wanted = _as_if_learning.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if not (wanted and _in_half.get() and q.dtype is torch.float32):
         return F.scaled_dot_product_attention(q, k, v)
-    # Only the product of q and k matters: they share its size evenly.
-    shift = ((fused.exponent(k) - fused.exponent(q)) / 2).round()
-    scales = _Scales(down=-fused.exponent(v))
-    halves = (_ToHalf.apply(x, e, scales) for x, e in ((q, shift), (k, -shift), (v, scales.down)))
+    exponents = _exponents(q, k, v)
+    scales = _Scales(down=exponents[2])
+    halves = (_ToHalf.apply(x, e, scales) for x, e in zip((q, k, v), exponents, strict=True))
     return _ToFull.apply(F.scaled_dot_product_attention(*halves), scales)
+
+
+def _exponents(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the powers of two that bring each into float16's range, 0-dim.
+
+    Of q and k only the product matters: they share its size evenly. The output is that of v, scaled as v is.
+    """
+    shift = ((fused.exponent(k) - fused.exponent(q)) / 2).round()
+    return shift, -shift, -fused.exponent(v)
 
 
 @dataclass
@@ -189,16 +197,28 @@ def _averaging(q: Tensor, k: Tensor, v: Tensor, quantizer: Any, scale: float) ->
     """Attention in float32, whose map moves the range of its quantizer before it is rounded."""
     if not fused.can_round_in_passing(q, k, v, dtypes=(torch.float32,)):
         return None
-    shift = ((fused.exponent(k) - fused.exponent(q)) / 2).round()
-    size = fused.exponent(v)
-    q, k, v = (fused.times_power(x, e, torch.float16) for x, e in ((q, shift), (k, -shift), (v, -size)))
+    exponents = _exponents(q, k, v)
+    q, k, v = (fused.times_power(x, e, torch.float16) for x, e in zip((q, k, v), exponents, strict=True))
 
     def grids(highest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantizer.follow_range(torch.zeros_like(highest), highest)
         return quantizer.grids_of(len(q))
 
     out = fused.attention_setting_its_grid(q, k, v, grids, scale=scale)
-    return fused.times_power(out, size, torch.float32)
+    return fused.times_power(out, -exponents[2], torch.float32)
+
+
+def attention_rounding_its_map(q: Tensor, k: Tensor, v: Tensor, quantizer: nn.Module) -> Tensor:
+    """:func:`attention`, its softmax map rounded by a quantizer: in passing where a kernel serves, else in memory."""
+    scale = q.shape[3] ** -0.5
+    if (out := rounded_in_passing(q, k, v, quantizer, scale=scale)) is not None:
+        return out
+
+    def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.transpose(2, 3)).mul_(scale).softmax(dim=3)  # N, A, P, L
+        return quantizer(weights) @ v
+
+    return by_heads(summed, q, k, v, map_values=q[..., 0].numel() * k.shape[2], quantizer=quantizer)
 
 
 def by_heads(

@@ -242,32 +242,11 @@ def can_gate(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("qdiff::rounded_attention", mutates_args=())
-def _rounded_attention(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    """An operation of its own, which torch.compile takes as it is."""
-    from qdiff import triton_kernels
-
-    out = _room_for_attended(q, q.dtype)
-    triton_kernels.rounded_attention(q, k, v, delta, lo, hi, out, scale=scale)
-    return out
-
-
-@_rounded_attention.register_fake
-def _like_attended(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    return _room_for_attended(q, q.dtype)
-
-
-def _room_for_attended(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """N x A x P x K, laid out as the layer behind it wants to have it."""
-    images, heads, positions, width = q.shape
-    return torch.empty(images, positions, heads, width, dtype=dtype, device=q.device).transpose(1, 2)
-
-
-def rounded_attention(
-    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, *, scale: float
-) -> Tensor:
+def rounded_attention(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
     """softmax(scale q k) v for each head, the softmax map rounded to a grid, without the map in memory.
 
-    Scores and map are in float32 until the map meets the values. Without gradients.
+    Scores and map are in float32 until the map meets the values. Without gradients. An operation of its own, which
+    torch.compile takes as it is.
 
     Args:
         q: N x A x P x K, of N images and A heads; k, v: N x A x L x K.
@@ -276,7 +255,22 @@ def rounded_attention(
     Returns:
         N x A x P x K, the heads of a position next to each other in memory.
     """
-    return _rounded_attention(q, k, v, delta, lo, hi, scale)
+    from qdiff import triton_kernels
+
+    out = _room_for_attended(q, q.dtype)
+    triton_kernels.rounded_attention(q, k, v, delta, lo, hi, out, scale=scale)
+    return out
+
+
+@rounded_attention.register_fake
+def _like_attended(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    return _room_for_attended(q, q.dtype)
+
+
+def _room_for_attended(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """N x A x P x K, laid out as the layer behind it wants to have it."""
+    images, heads, positions, width = q.shape
+    return torch.empty(images, positions, heads, width, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 def attention_setting_its_grid(

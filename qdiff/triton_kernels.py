@@ -286,7 +286,7 @@ def rounded_attention(
         out: like ``q`` in any precision, channels next to each other.
         rows: what :func:`map_rows` found.
     """
-    _attend(q, k, v, (delta, lo, hi), out, rows or (q, q), scale=scale, known=rows is not None, sum=True)
+    _attend(q, k, v, (delta, lo, hi), out, rows or (q, q), scale=scale, known=rows is not None)
 
 
 def map_rows(q: Tensor, k: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -295,7 +295,7 @@ def map_rows(q: Tensor, k: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     Its largest value is 1 over the latter.
     """
     top, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    _attend(q, k, k, (top, top, top), q, (top, total), scale=scale, known=False, sum=False)
+    _attend(q, k, k, None, q, (top, total), scale=scale, known=False)
     return top, total
 
 
@@ -303,22 +303,23 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grids: tuple[Tensor, Tensor, Tensor],
+    grids: tuple[Tensor, Tensor, Tensor] | None,
     out: Tensor,
     rows: tuple[Tensor, Tensor],
     *,
     scale: float,
     known: bool,
-    sum: bool,
 ) -> None:
+    """Find what rows of the map are divided by, unless it is known, and the output, where there are grids."""
     images, heads, positions, width = q.shape
     padded = max(16, triton.next_power_of_2(width))
     block, tokens, warps, stages = _ATTENTION[max(64, padded)]
+    delta, lo, hi = grids or (q, q, q)  # what is not asked for is not read
     _rounded_attention_kernel[(triton.cdiv(positions, block) * images * heads,)](
-        q, k, v, *grids, out, *rows, heads, positions, *(x.stride(0) for x in (q, k, v, out)),
-        int(grids[0].numel() > 1), scale * math.log2(math.e),
+        q, k, v, delta, lo, hi, out, *rows, heads, positions, *(x.stride(0) for x in (q, k, v, out)),
+        int(delta.numel() > 1), scale * math.log2(math.e),
         *q.stride()[1:], *k.stride()[1:], *v.stride()[1:], *out.stride()[1:3],
-        WIDTH=width, PADDED=padded, TOKENS=k.shape[2], ROWS=block, BLOCK=tokens, KNOWN=known, SUM=sum,
+        WIDTH=width, PADDED=padded, TOKENS=k.shape[2], ROWS=block, BLOCK=tokens, KNOWN=known, SUM=grids is not None,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from qdiff.adapters import Adapter
-from qdiff.attention import attention, by_heads, rounded_in_passing
+from qdiff.attention import attention, attention_rounding_its_map
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -67,16 +67,7 @@ class QuantAttention2D(BaseQuantBlock, Attention):
         if not self.use_act_quant:
             return attention(q, k, v)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
-        scale = q.shape[3] ** -0.5
-        if (out := rounded_in_passing(q, k, v, self.act_quantizer_w, scale=scale)) is not None:
-            return out
-
-        def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            weights = (q @ k.transpose(2, 3)).mul_(scale).softmax(dim=3)  # N, A, P (of q), P (of k)
-            return self.act_quantizer_w(weights) @ v
-
-        size = q[..., 0].numel() * k.shape[2]
-        return by_heads(summed, q, k, v, map_values=size, quantizer=self.act_quantizer_w)
+        return attention_rounding_its_map(q, k, v, self.act_quantizer_w)
 
 
 def _shortcuts(unet: Any) -> Iterator[tuple[str, int]]:

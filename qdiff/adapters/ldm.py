@@ -13,7 +13,14 @@ from ldm.modules.attention import GEGLU, AttentionBlock, CrossAttention, Transfo
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from qdiff import fused
 from qdiff.adapters import Adapter
-from qdiff.attention import UNQUANTIZED_MAP, attention, by_heads, rounded_in_passing, rounds_map
+from qdiff.attention import (
+    UNQUANTIZED_MAP,
+    attention,
+    attention_rounding_its_map,
+    by_heads,
+    rounded_in_passing,
+    rounds_map,
+)
 from qdiff.config import QuantConfig, QuantizerConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quantizers import UniformAffineQuantizer
@@ -121,16 +128,7 @@ class QuantCrossAttention(BaseQuantBlock, CrossAttention):
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)  # N, A, P or L, K
         if not self.rounds_map():
             return super().attend(q, k, v)
-        scale = q.shape[3] ** -0.5
-        if (out := rounded_in_passing(q, k, v, self.act_quantizer_w, scale=scale)) is not None:
-            return out
-
-        def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            weights = (q @ k.transpose(2, 3)).mul_(scale).softmax(dim=3)  # N, A, P, L
-            return self.act_quantizer_w(weights) @ v
-
-        size = q[..., 0].numel() * k.shape[2]
-        return by_heads(summed, q, k, v, map_values=size, quantizer=self.act_quantizer_w)
+        return attention_rounding_its_map(q, k, v, self.act_quantizer_w)
 
 
 class QuantTransformerBlock(BaseQuantBlock, TransformerBlock):

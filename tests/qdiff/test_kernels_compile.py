@@ -49,9 +49,8 @@ class Compiled(Launched):
         constants = {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr}
         signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in names}
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
-        assert triton.compile(source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages}).asm[
-            "cubin"
-        ]
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        assert triton.compile(source, target=HOPPER, options=options).asm["cubin"]
         super().launch()
 
 
