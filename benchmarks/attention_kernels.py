@@ -28,9 +28,11 @@ KERNELS = {"PyTorch's": SDPBackend.FLASH_ATTENTION, "cuDNN's": SDPBackend.CUDNN_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=20, help="of each; the median counts")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and no CUDA device was found")
     device = torch.device("cuda")
     lines = []
     for dtype in (torch.float16, torch.bfloat16):

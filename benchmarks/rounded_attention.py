@@ -29,10 +29,12 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=20, help="of each; the median counts")
     parser.add_argument("--tune", action="store_true", help="try other blocks")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and no CUDA device was found")
     device = torch.device("cuda")
     lines = []
     for positions, channels in MAPS:
