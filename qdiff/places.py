@@ -201,9 +201,9 @@ class Scratch:
             OSError: the disk is full.
         """
         size = x.numel() * x.element_size()
-        piece = self.section(size).to_write(0, size)
-        block_io().write(piece, _flat(x))
-        return Filed(piece, x)
+        section = self.section(size)
+        block_io().write(section.to_write(0, size), _flat(x))
+        return Filed(section.to_read(0, size, pending=section.pending), x)
 
     def to_the_disk(self, *, forget: bool = False) -> None:
         """Wait until the system has all of it on the disk.
@@ -260,12 +260,16 @@ class Section:
         self._scratch = scratch  # its files live as long as this
 
     def to_write(self, offset: int, size: int) -> Piece:
-        """A stretch of it, in bytes, which is read when all that was being written to the section is there."""
-        return Piece(self.lanes, offset, size, self._scratch.place, holder=self, pending=self.pending)
+        """A stretch of it, in bytes, which is read when all that was being written to the section is there.
 
-    def to_read(self, offset: int, size: int) -> Piece:
-        """A stretch of it, in bytes, that is written."""
-        return Piece(self.lanes, offset, size, self._scratch.place, holder=self)
+        It holds the files and not the section, which is not free before all is written anyway: who writes may let go
+        of it a moment later.
+        """
+        return Piece(self.lanes, offset, size, self._scratch.place, holder=self._scratch, pending=self.pending)
+
+    def to_read(self, offset: int, size: int, pending: list[Future[None]] | None = None) -> Piece:
+        """A stretch of it, in bytes, that is written, or is when ``pending`` is done."""
+        return Piece(self.lanes, offset, size, self._scratch.place, holder=self, pending=pending)
 
     def mapped(self, size: int) -> mmap.mmap:
         """Memory that is its first so many bytes, stripe after stripe.
